@@ -1,0 +1,56 @@
+# `make run` and `make test` each need nothing but make and Python 3.11 or newer: they set up .venv first.
+#   make run ARGS="--only 02"           what follows ARGS= goes to the runner, or to pytest
+#   make setup TORCH="--index-url ..."  pip options for torch alone, such as the index of its CPU wheels
+#   make run PYTHON=python3.12          another interpreter to make .venv from
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?=
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help setup run test lab lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make run    execute the notebooks, write runs/<time>/ with a table and an HTML report"
+	@echo "make test   unit tests, house style, and every notebook, without network"
+	@echo "make lab    open the notebooks in JupyterLab"
+	@echo "make lint   ruff over modules and notebooks"
+	@echo "make setup  create or update .venv (the others do it when needed)"
+	@echo "make clean  remove build/ and caches; runs/ and .venv stay"
+	@echo "make help   this list"
+
+setup: $(STAMP)
+
+# torch comes first, so that a build chosen with TORCH= (or already there) satisfies the rest
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not: try make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(TORCH) torch
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@
+
+run: $(STAMP)
+	$(BIN)/python -m cdpo_utils.run $(ARGS)
+
+test: export HF_HUB_OFFLINE = 1
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab notebooks
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf build .pytest_cache .ruff_cache *.egg-info
+	find cdpo_utils tests notebooks data \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -1,0 +1,292 @@
+"""The methods: plain DPO, C-DPO, dual descent (CAID), its one-shot case, and two-stage primal-dual DPO.
+
+Each is a short function over a `Lab` (what is being aligned) that returns the trained policy and a `dual.Descent`.
+One trainer lives through all rounds; answers are tokenised once; reference log-probabilities are computed once per
+(answer, reference). `Schedule` holds the numbers of the optimiser, the methods' arguments those of the theory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from peft import PeftModel
+
+from cdpo_utils import dual, policies, trainers
+from cdpo_utils.bench import sigmoid
+from cdpo_utils.logprobs import response_logps
+
+
+@dataclass
+class Lab:
+    """A reference policy with its tokenizer and prompts.
+
+    For a small model `model` is the reference itself, and policies are copies of it; for a PeftModel the reference is
+    the base with adapters disabled, and one base serves all policies in turn.
+    """
+
+    model: torch.nn.Module
+    tokenizer: object
+    prompts: list[str]  # training prompts
+    max_new_tokens: int
+    max_length: int | None = None
+    cache: dict = field(default_factory=dict, repr=False)  # (prompt ids, answer ids) -> log pi_ref
+
+    def new_policy(self):
+        """A trainable policy equal to the reference. With LoRA the one adapter is set back, so keep a `snapshot`."""
+        if not isinstance(self.model, PeftModel):
+            return policies.clean_copy(self.model)
+        policies.reset_adapter(self.model)
+        return self.model
+
+    def reference_logps(self, prompt_ids, answer_ids):
+        """log pi_ref of each answer, (n,), each computed once in the lab's life."""
+        keys = [(tuple(p), tuple(a)) for p, a in zip(prompt_ids, answer_ids, strict=True)]
+        new = list(dict.fromkeys(k for k in keys if k not in self.cache))
+        if new:
+            with policies.as_reference(self.model) as model:
+                logps = response_logps(model, [list(p) for p, _ in new], [list(a) for _, a in new])
+            self.cache.update(zip(new, logps.tolist(), strict=True))
+        return np.array([self.cache[k] for k in keys])
+
+    def sample(self, model, n, seed):
+        """`n` answers of `model` per training prompt, as a `Samples`."""
+        prompt_ids = policies.encode_prompts(self.tokenizer, self.prompts)
+        texts, ids = policies.sample(model, self.tokenizer, prompt_ids, n, seed, self.max_new_tokens)
+        return Samples(self.prompts, prompt_ids, texts, ids)
+
+    def sample_reference(self, n, seed):
+        """`n` answers of the reference per training prompt."""
+        with policies.as_reference(self.model) as model:
+            return self.sample(model, n, seed)
+
+
+@dataclass
+class Samples:
+    """n answers for each of P prompts: texts and token ids are P lists of n."""
+
+    prompts: list[str]
+    prompt_ids: list
+    texts: list
+    ids: list
+
+    def flat(self):
+        """All (prompt, answer) texts in order: two lists of P * n."""
+        n = len(self.texts[0])
+        return [p for p in self.prompts for _ in range(n)], [t for row in self.texts for t in row]
+
+
+@dataclass
+class Feedback:
+    """What scores answers: reward(prompts, answers) -> (n,), costs(prompts, answers) -> (n, m), over texts."""
+
+    reward: Callable
+    costs: Callable
+    kind: str  # "oracle" or "learned"
+
+    def on(self, samples):
+        """Rewards (P, n) and costs (P, n, m) of samples."""
+        shape = (len(samples.texts), len(samples.texts[0]))
+        costs = np.asarray(self.costs(*samples.flat()))
+        return np.asarray(self.reward(*samples.flat())).reshape(shape), costs.reshape(*shape, -1)
+
+
+@dataclass
+class Schedule:
+    """Optimiser settings shared by all methods."""
+
+    steps: int = 300  # optimiser steps of a plain DPO training, and of the first round of a dual loop
+    round_steps: int = 150  # optimiser steps of each further round
+    batch_size: int = 64  # pairs
+    lr: float = 5e-3  # peak learning rate of each round's cosine schedule
+    level: float = 0.1  # weight of losses.level_loss
+    seed: int = 0
+
+    def of_round(self, k):
+        return self.steps if k == 0 else self.round_steps
+
+
+def with_logps(lab, pairs, sampler=None):
+    """Add ref_*_logps to `trainers.pair_dataset` rows, and sampler_*_logps: the reference's, or given as two arrays."""
+    for k, side in enumerate(("chosen", "rejected")):
+        ref = lab.reference_logps(pairs["prompt_ids"], pairs[f"{side}_ids"])
+        pairs = pairs.add_column(f"ref_{side}_logps", ref)
+        pairs = pairs.add_column(f"sampler_{side}_logps", ref if sampler is None else sampler[k])
+    return pairs
+
+
+def set_column(dataset, name, values):
+    """The dataset with one column replaced."""
+    if name in dataset.column_names:
+        dataset = dataset.remove_columns(name)
+    return dataset.add_column(name, np.asarray(values, float))
+
+
+def _trainer(lab, policy, pairs, beta, schedule):
+    return trainers.preference_trainer(
+        policy, lab.tokenizer, pairs, beta, schedule.batch_size, schedule.lr, schedule.seed, schedule.level,
+        lab.max_length,
+    )  # fmt: skip
+
+
+def dpo(lab, frame, beta, schedule):
+    """Plain DPO (arXiv:2305.18290) on a frame with prompt, chosen, rejected. Returns the policy and TRL's log history."""
+    pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
+    policy = lab.new_policy()
+    trainer = _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)
+    trainers.run_steps(trainer, schedule.steps, schedule.seed)
+    return policy, trainer.state.log_history
+
+
+def preference_probability(scores, lam, labels, rng):
+    """P(chosen preferred) under r - lam . c, Bradley-Terry: scores = (r, c) differences chosen - rejected, (n,), (n, m).
+
+    labels "soft" returns the probability, "sampled" a label drawn from it (0 or 1), as the papers do.
+    """
+    reward, costs = scores
+    p = sigmoid(reward - costs @ np.atleast_1d(lam))
+    if labels == "sampled":
+        return (rng.random(len(p)) < p).astype(float)
+    if labels != "soft":
+        raise ValueError(f"labels={labels!r}; expected 'soft' or 'sampled'")
+    return p
+
+
+def c_dpo(lab, frame, feedback, budget, beta, schedule, labels="soft", samples=32, **loop):
+    """C-DPO (arXiv:2403.02475): relabel the data set's pairs by r - lam c, DPO against pi_ref, dual step, repeat.
+
+    The dual gradient is the mean cost of answers sampled from the current policy. `loop` goes to `dual.descend`.
+    """
+    pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
+    difference = [
+        np.asarray(score(list(frame.prompt), list(frame.chosen)))
+        - np.asarray(score(list(frame.prompt), list(frame.rejected)))
+        for score in (feedback.reward, feedback.costs)
+    ]
+    return _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, 0.0, **loop)
+
+
+def dual_descent(
+    lab, reference_samples, feedback, budget, beta, schedule, labels="soft", samples=32, on_policy=0.5, **loop
+):
+    """Dual descent, CAID's Algorithm 2 (arXiv:2505.19387), any number of constraints.
+
+    Pairs come from the reference's samples, pseudo-labels from sigmoid(r_lam(y1) - r_lam(y0)). `on_policy` is the share
+    of pairs that, from the second round on, comes from the samples already drawn for the dual step: the minimiser is
+    the same for any pairs with full support, and pairs from where the policy now lives find it sooner. 0 is the paper.
+    """
+    pairs, difference = sampled_pairs(lab, reference_samples, feedback, schedule.seed)
+    return _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, on_policy, **loop)
+
+
+def one_shot(lab, reference_samples, feedback, budget, beta, schedule, labels="soft", samples=32):
+    """One-shot (MoCAN, arXiv:2405.19544): the dual solved on stored reference samples, then one optimisation.
+
+    The special case of `dual_descent` with one round. Returns policy, Descent, and the pre-solved `exact.Optimum`.
+    """
+    solution = dual.one_shot(*feedback.on(reference_samples), beta, budget)
+    if not solution.feasible:
+        message = f"budget {budget} cannot be met on the samples: cheapest cost {solution.cost.tolist()}"
+        return None, dual.Descent(solution.lam, [], False, message), solution
+    policy, descent = dual_descent(
+        lab, reference_samples, feedback, budget, beta, schedule, labels, samples, 0.0, lam=solution.lam, max_rounds=1
+    )
+    return policy, descent, solution
+
+
+def sampled_pairs(lab, samples, feedback, seed, model=None):
+    """Pair up each prompt's samples at random: tokenised pairs with log-probabilities, and their score differences.
+
+    `model` is the policy that the samples came from (None: the reference).
+    """
+    rng = np.random.default_rng([seed, 5])
+    rewards, costs = feedback.on(samples)
+    prompts, n = rewards.shape
+    order = np.argsort(rng.random((prompts, n)), axis=1)
+    a, b = order[:, : n // 2], order[:, n // 2 : 2 * (n // 2)]
+    rows = np.repeat(np.arange(prompts), n // 2)
+    a, b = a.ravel(), b.ravel()
+    columns = {
+        "prompt_ids": [samples.prompt_ids[i] for i in rows],
+        "chosen_ids": [samples.ids[i][j] for i, j in zip(rows, a, strict=True)],
+        "rejected_ids": [samples.ids[i][j] for i, j in zip(rows, b, strict=True)],
+    }
+    pairs = Dataset.from_dict(columns)
+    sampler = None
+    if model is not None:
+        sampler = [response_logps(model, columns["prompt_ids"], columns[f"{s}_ids"]) for s in ("chosen", "rejected")]
+        sampler = [s.astype(float) for s in sampler]
+    pairs = with_logps(lab, pairs, sampler)
+    return pairs, (rewards[rows, a] - rewards[rows, b], costs[rows, a] - costs[rows, b])
+
+
+def _lagrangian_dpo(
+    lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, on_policy, lam=0.0, **loop
+):
+    """The loop that C-DPO and dual descent share: they differ in where pairs come from."""
+    rng = np.random.default_rng([schedule.seed, 6])
+    policy = lab.new_policy()
+    budget = np.atleast_1d(np.asarray(budget, float))
+    trainer = _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)
+    latest = {}
+
+    def maximise(lam, k):
+        rows, scores = pairs, difference
+        if latest and on_policy > 0:
+            fresh, fresh_scores = sampled_pairs(lab, latest["samples"], feedback, schedule.seed + k, policy)
+            keep = rng.permutation(len(pairs))[: max(1, round(len(fresh) * (1 - on_policy) / on_policy))]
+            rows = concatenate_datasets([pairs.select(keep), fresh])
+            scores = [np.concatenate([old[keep], new]) for old, new in zip(difference, fresh_scores, strict=True)]
+        trainer.train_dataset = set_column(rows, "pref_prob", preference_probability(scores, lam, labels, rng))
+        return trainers.run_steps(trainer, schedule.of_round(k), schedule.seed + k)
+
+    def measure(k):
+        latest["samples"] = lab.sample(policy, samples, schedule.seed + 1000 + k)
+        rewards, costs = feedback.on(latest["samples"])
+        return costs, {"reward": float(rewards.mean()), "labels": 0}
+
+    start = np.broadcast_to(np.atleast_1d(np.asarray(lam, float)), budget.shape)
+    return policy, dual.descend(maximise, measure, start, budget, beta, **loop)
+
+
+def votes(feedback, labels, seed):
+    """PD-DPO's binary feedback: `labels` people call each answer (un)safe, P(unsafe) = sigmoid(c); estimates (n, m)."""
+    rng = np.random.default_rng([seed, 7])
+
+    def costs(prompts, answers):
+        unsafe = rng.binomial(labels, sigmoid(feedback.costs(prompts, answers)))
+        return dual.logit_cost(unsafe, labels)
+
+    return Feedback(feedback.reward, costs, feedback.kind)
+
+
+def pd_dpo(lab, reward_policy, frame, feedback, budget, beta, schedule, samples=32, labels=0, lam=1.0, **loop):
+    """Stage 2 of two-stage primal-dual DPO (arXiv:2510.05703); stage 1 is `dpo` on helpfulness pairs.
+
+    `reward_policy` (pi_r) is trained on in place; `frame` has safety pairs, chosen = safer. The rearranged Lagrangian
+    loss is DPO with reference pi_r and strength beta / lam, so pi_r is needed once, for its log-probabilities, and one
+    model stays in memory. `feedback.costs` scores sampled answers for the dual step; `labels` is the number of binary
+    labels it spends per answer, for the account. At lam = 0 the policy is pi_r itself.
+    """
+    pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
+    for side in ("chosen", "rejected"):
+        logps = response_logps(reward_policy, pairs["prompt_ids"], pairs[f"{side}_ids"])
+        pairs = set_column(pairs, f"ref_{side}_logps", logps)
+    pi_r = policies.snapshot(reward_policy)
+    policy = reward_policy
+    trainer = _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)
+
+    def maximise(lam, k):
+        if lam[0] <= 1e-6:
+            policies.restore(policy, pi_r)
+            return 0
+        trainer.beta = beta / lam[0]
+        return trainers.run_steps(trainer, schedule.of_round(k), schedule.seed + k)
+
+    def measure(k):
+        drawn = lab.sample(policy, samples, schedule.seed + 1000 + k)
+        rewards, costs = feedback.on(drawn)
+        return costs, {"reward": float(rewards.mean()), "labels": labels * costs.size}
+
+    return policy, dual.descend(maximise, measure, lam, budget, beta, **loop)

@@ -1,0 +1,427 @@
+"""Preference pairs from a file or the hub, checked row by row before anything trains on them.
+
+One schema, PKU-SafeRLHF's: `prompt, response_0, response_1` (text), `better_response_id`, `safer_response_id` (0 or 1),
+`is_response_0_safe, is_response_1_safe` (booleans). A file carries the helpful label (`better_...`), the safety label
+(`safer_...`, with or without the two signs), or both. TRL's form `prompt, chosen, rejected` is read too, as text or as
+single-turn messages, when `kind` says what "chosen" means; it becomes response_0 = chosen with label 0, without signs.
+Conversations of several turns, or with a system message, are refused, not cut. With both forms, PKU's is read.
+
+*Schema faults* raise DataError, because the file is not what it claims to be: unreadable, empty, not UTF-8, broken
+JSON or CSV, a row that is no object, a repeated key or column, a missing column, a wrong type, a label out of range, a
+lone surrogate. *Content faults*, which real files have, are dropped and counted by reason: an empty prompt or answer
+(null included), equal answers, a missing label (null, NaN, an empty CSV cell, a key that one JSON row leaves out), a
+safety label that calls the unsafe answer safer than the safe one, and duplicates (same prompt, same answers in either
+order), of which the first is kept whether or not the labels agree. `strict=True` makes every drop an error.
+
+An id is 0 or 1 (0.0 and 1.0 too, which nullable columns become; never true or false). A sign is a boolean in JSON;
+parquet and the hub may say 0 or 1; CSV may say True, true, TRUE, 1, 1.0 and their opposites.
+
+    python -m cdpo_utils.data check PATH [--kind helpful|safety] [--strict]
+"""
+
+import argparse
+import contextlib
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import reprlib
+import sys
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+PKU, TRL = ["prompt", "response_0", "response_1"], ["prompt", "chosen", "rejected"]
+BETTER, SAFER, SIGNS = "better_response_id", "safer_response_id", ["is_response_0_safe", "is_response_1_safe"]
+LABEL_COLUMNS = {"helpful": [BETTER], "safety": [SAFER], "signs": SIGNS}
+KNOWN = {*PKU, *TRL, BETTER, SAFER, *SIGNS}
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+CSV_IDS = {"": None, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
+CSV_SIGNS = {**CSV_IDS, "True": True, "true": True, "TRUE": True, "False": False, "false": False, "FALSE": False}
+
+
+class DataError(ValueError):
+    """One line: `FILE, row N, field 'x': what was found; expected ...`. The only exception that bad data can raise."""
+
+
+@dataclass
+class RowAccount:
+    """What became of the rows of `source`: read = kept + sum(dropped.values()). str() is for people."""
+
+    source: str
+    read: int
+    kept: int
+    dropped: dict = field(default_factory=dict)  # reason -> number of rows
+    truncated: int = 0  # kept rows too long for the model, see count_truncated
+    ignored: list = field(default_factory=list)  # columns that were not read
+    examples: dict = field(default_factory=dict)  # reason -> the first few (row, field)
+
+    def __str__(self):
+        lines = [f"{_plain(self.source)}: {self.read} rows read, {self.kept} kept, {self.read - self.kept} dropped"]
+        for reason, count in self.dropped.items():
+            places = [f"row {row} '{name}'" for row, name in self.examples.get(reason, [])]
+            lines.append(f"  {count} {reason}: {', '.join(places)}{', ...' if count > len(places) else ''}")
+        if self.truncated:
+            lines.append(f"  {self.truncated} of the kept rows are longer than the token limit")
+        return "\n".join(lines + ([f"  ignored columns: {_names(self.ignored)}"] if self.ignored else []))
+
+
+# What a file says is untrusted: on its way into a message it is shortened and its control characters are escaped.
+
+
+def _plain(text, limit=None):
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:limit])
+
+
+def _names(columns):
+    return ", ".join(_plain(name, 40) for name in columns[:12]) + (", ..." if len(columns) > 12 else "")
+
+
+def _found(value):
+    """Type and beginning of a value: `number 2`, `text 'yes'`, `null`."""
+    if value is None:
+        return "null"
+    names = {str: "text", bool: "boolean", int: "number", float: "number", dict: "object", tuple: "object with"}
+    return f"{names.get(type(value), type(value).__name__)} {_plain(reprlib.repr(value))}"
+
+
+def _error(source, found, expected, row=None, name=None):
+    if isinstance(found, Exception):  # somebody else's, of which one line will do
+        found = _plain((str(found).strip() or type(found).__name__).splitlines()[0], 150)
+    where = _plain(source) + (f", row {row}" if row else "") + (f", field '{name}'" if name else "")
+    return DataError(f"{where}: {found}; expected {expected}")
+
+
+def _read(source, revision, split):
+    """(columns, [(row number, {column: value})], form) of a file or a hub name; form is "json", "csv" or "table"."""
+    suffix = next((s for s in SUFFIXES if source.lower().endswith(s)), None)
+    if not suffix and not os.path.exists(source) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+        return *_read_hub(source, revision, split), "table"
+    if revision is not None or split != "train":
+        raise _error(source, "revision or split given with a file", "them with a hub name only")
+    if not suffix or not os.path.isfile(source):
+        found = "a directory" if os.path.isdir(source) else "not a regular file" if suffix else "unknown kind of file"
+        found = found if os.path.exists(source) else "no such file"
+        raise _error(source, found, f"a file {', '.join(SUFFIXES)} or a hub name owner/name")
+    try:
+        data = Path(source).read_bytes()
+        data = gzip.decompress(data) if suffix.endswith(".gz") else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise _error(source, error, "a readable, whole file") from None
+    if suffix == ".parquet":
+        return *_read_parquet(source, data), "table"
+    try:
+        text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # Windows begins with a byte order mark
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} in line {error.object.count(10, 0, error.start) + 1}"
+        raise _error(source, f"{found} is not UTF-8", "UTF-8 text") from None
+    if suffix == ".csv":
+        return *_read_csv(source, text), "csv"
+    return *_read_json(source, text, lines=suffix != ".json"), "json"
+
+
+def _read_json(source, text, lines):
+    def once(pairs):
+        record = dict(pairs)
+        if len(record) == len(pairs):
+            return record
+        # JSON knows no tuples: whoever meets this one refuses it, and knows the row
+        return ("repeated key", Counter(key for key, _ in pairs).most_common(1)[0][0])
+
+    def parse(text, expected, row=None):
+        try:
+            return json.loads(text, object_pairs_hook=once)
+        except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
+            raise _error(source, error, expected, row) from None
+
+    if lines:  # not splitlines(): U+2028 may stand inside a text
+        numbered = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        rows = [(n, parse(line, "one JSON object per line", n)) for n, line in numbered]
+    else:
+        rows = parse(text, "a JSON list of objects (one object per line is .jsonl)")
+        if not isinstance(rows, list):
+            raise _error(source, _found(rows), "a JSON list of objects")
+        rows = list(enumerate(rows, start=1))
+    columns = {}
+    for number, record in rows:
+        if not isinstance(record, dict):
+            raise _error(source, _found(record), "an object", number)
+        columns.update(dict.fromkeys(record))
+    return list(columns), rows
+
+
+def _read_csv(source, text):
+    rows, limit = [], csv.field_size_limit(2**31 - 1)  # the default limit is 128 KiB a cell
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        columns = next(reader, [])
+        for number, cells in enumerate(filter(None, reader), start=1):  # filter: blank lines
+            if len(cells) != len(columns):
+                raise _error(source, f"{len(cells)} cells", f"{len(columns)} as in the header", number)
+            rows.append((number, dict(zip(columns, cells, strict=True))))
+    except csv.Error as error:
+        raise _error(source, error, "CSV with quotes doubled and closed", len(rows) + 1) from None
+    finally:
+        csv.field_size_limit(limit)
+    return columns, rows
+
+
+def _read_parquet(source, data):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        columns = file.schema_arrow.names
+        return columns, list(enumerate(file.read([c for c in columns if c in KNOWN]).to_pylist(), start=1))
+    except Exception as error:  # a damaged file fails inside Arrow in many ways
+        raise _error(source, error, "a parquet file") from None
+
+
+def _read_hub(source, revision, split):
+    try:
+        import datasets
+
+        data = datasets.load_dataset(source, split=split, revision=revision)
+        columns = data.column_names
+        return columns, list(enumerate(data.select_columns([c for c in columns if c in KNOWN]), start=1))
+    except Exception as error:  # no network, no such name or split, gated, datasets not installed, ...
+        raise _error(source, error, "a file that exists, or a data set that the hub or its cache can give") from None
+
+
+def _choose_columns(source, columns, kind):
+    """(text columns, label columns) that will be read; DataError where the file lacks one of them."""
+
+    def need(names, expected):
+        for name in names:
+            if columns.count(name) != 1:
+                found = "two such columns" if name in columns else "no such column"
+                raise _error(source, f"{found} among {_names(columns)}", expected, name=name)
+
+    if {"chosen", "rejected"} & set(columns) and not {"response_0", "response_1"} <= set(columns):
+        need(TRL, ", ".join(TRL))
+        if kind is None:
+            wanted = "kind='helpful' (chosen is the better answer) or kind='safety' (chosen is the safer one)"
+            raise _error(source, "prompt, chosen, rejected do not say what chosen means", wanted)
+        return TRL, []
+    need(PKU, f"{', '.join(PKU)} and labels, or {', '.join(TRL)}")
+    wanted = {"helpful": [BETTER], "safety": [SAFER, *SIGNS], None: [BETTER, SAFER, *SIGNS]}[kind]
+    chosen = [name for name in wanted if name in columns]
+    if kind is None and not chosen:
+        raise _error(source, f"no label among {_names(columns)}", f"{BETTER} or {SAFER}")
+    need(wanted[:1] if kind else chosen, "it once")
+    if set(SIGNS) & set(chosen):
+        need([SAFER, *SIGNS], f"{SAFER}, {', '.join(SIGNS)} together")
+    return PKU, chosen
+
+
+def _check_text(fail, value, role=None):
+    """The text itself, "" for null. `role`: the sender of the single message that may stand in for the text."""
+    wanted = f"text or a single {role} message (one turn)" if role else "text"
+    if role and isinstance(value, list):
+        message = value[0] if len(value) == 1 else None
+        if not (isinstance(message, dict) and message.get("role") == role and "content" in message):
+            raise fail(_found(value) if len(value) == 1 else f"list of {len(value)}", wanted)
+        value = message["content"]
+    if value is not None and not isinstance(value, str):
+        raise fail(_found(value), wanted)
+    value = value or ""
+    if role and re.match(r"\[\s*\{\s*['\"](role|content)['\"]\s*:", value):  # what a CSV file makes of messages
+        raise fail("a list of messages written out as text", wanted)
+    if re.search("[\ud800-\udfff]", value):
+        raise fail("a lone surrogate, which UTF-8 cannot write", wanted)
+    return value
+
+
+def _check_label(fail, value, is_sign, form):
+    """int for an id, bool for a sign, None where missing."""
+    if form == "csv":
+        value = (CSV_SIGNS if is_sign else CSV_IDS).get(value, value)
+    if value is None or value != value:  # NaN
+        return None
+    if is_sign and isinstance(value, bool):
+        return value
+    if type(value) in (int, float) and value in (0, 1) and not (is_sign and form == "json"):
+        return bool(value) if is_sign else int(value)
+    raise fail(_found(value), "true or false" if is_sign else "0 or 1")
+
+
+def _content_fault(values, texts, seen):
+    """(reason, field) of a row that must be dropped, else None. `values` has PKU's names, `texts` are the file's."""
+    for name, ours in zip(texts, PKU, strict=True):
+        if not values[ours].strip():
+            return "empty text", name
+    a, b = values["response_0"], values["response_1"]
+    if a.strip() == b.strip():
+        return "equal answers", texts[2]
+    for name, value in values.items():
+        if value is None:
+            return "missing label", name
+    safer, signs = values.get(SAFER), [values.get(name) for name in SIGNS]
+    if safer is not None and signs[safer] is False and signs[1 - safer] is True:
+        return "contradictory safety label", SAFER
+    swapped = a > b  # compare in one order: swapped answers with swapped labels are the same row
+    key = (values["prompt"], min(a, b), max(a, b))
+    ids = [values[name] ^ swapped for name in (BETTER, SAFER) if name in values]
+    here = (ids, signs[::-1] if swapped else signs)
+    first = seen.setdefault(key, here)
+    if first is not here:
+        return f"{'duplicate' if first == here else 'conflicting duplicate'} (first one kept)", texts[0]
+    return None
+
+
+def load_preferences(source, *, kind=None, revision=None, split="train", strict=False):
+    """Read and check preference pairs. Returns (frame, RowAccount); raises DataError, also if no row is left.
+
+    source: a .jsonl, .jsonl.gz, .json, .csv or .parquet file, or a hub name `owner/name`, for which `revision` and
+        `split` are (a file refuses them).
+    kind: "helpful" or "safety". TRL's form needs it; of PKU's form it reads that label and ignores the other.
+    strict: a row that would be dropped is an error.
+
+    frame: those of PKU's columns that the source has (text, int64 ids, bool signs), and `row`, the 1-based row in the
+    source: the line of JSONL, else the data row. frame.attrs["source"] is the name of the source.
+    """
+    try:
+        source = os.fsdecode(source)
+    except TypeError:
+        raise _error("source", _found(source), "a path or a hub name") from None
+    if kind not in (None, "helpful", "safety"):
+        raise _error(source, f"kind is {_found(kind)}", "'helpful' or 'safety'")
+    columns, rows, form = _read(source, revision, split)
+    if not rows:
+        raise _error(source, "no rows", "at least one")
+    texts, label_columns = _choose_columns(source, columns, kind)
+    kept, seen, places = [], {}, {}
+    for number, record in rows:
+        values = {}
+        for name, ours, role in zip(texts, PKU, ["user", "assistant", "assistant"], strict=True):
+            fail = partial(_error, source, row=number, name=name)
+            if name not in record:
+                raise fail("no such key in this row", "text")
+            values[ours] = _check_text(fail, record[name], role if texts is TRL else None)
+        for name in label_columns:
+            fail = partial(_error, source, row=number, name=name)
+            values[name] = _check_label(fail, record.get(name), name in SIGNS, form)
+        if texts is TRL:
+            values[LABEL_COLUMNS[kind][0]] = 0
+        reason, name = _content_fault(values, texts, seen) or (None, None)
+        if reason is None:
+            kept.append({**values, "row": number})
+        elif strict:
+            raise _error(source, reason, "no row to drop (strict)", number, name)
+        else:
+            places.setdefault(reason, []).append((number, name))
+    dropped = {reason: len(found) for reason, found in places.items()}
+    if not kept:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise _error(source, f"all {len(rows)} rows dropped ({reasons})", "at least one to keep")
+    ignored = [name for name in columns if name not in texts + label_columns]
+    examples = {reason: found[:3] for reason, found in places.items()}
+    frame = pd.DataFrame(kept)
+    frame.attrs["source"] = source
+    return frame, RowAccount(source, len(rows), len(kept), dropped, ignored=ignored, examples=examples)
+
+
+def labels(frame):
+    """The labels that a frame of load_preferences carries: {"helpful"}, {"safety"} or both."""
+    return {label for label in ("helpful", "safety") if set(LABEL_COLUMNS[label]) <= set(frame.columns)}
+
+
+def require(frame, label, method):
+    """Raise DataError in one line unless `frame` carries `label`: "helpful", "safety" or "signs" (of safety)."""
+    if label not in LABEL_COLUMNS:
+        raise _error(method, _found(label), "'helpful', 'safety' or 'signs'")
+    if not set(LABEL_COLUMNS[label]) <= set(frame.columns):
+        has = [name for name in (BETTER, SAFER, *SIGNS) if name in frame.columns]
+        needs = f"{'safety signs' if label == 'signs' else label + ' labels'} ({', '.join(LABEL_COLUMNS[label])})"
+        source = _plain(frame.attrs.get("source", "the frame"))
+        raise DataError(f"{method} needs {needs}; {source} has only {', '.join(has) or 'texts'}")
+
+
+def _answers(frame, column):
+    """(answer that the id in `column` names, the other one)."""
+    first, a, b = frame[column] == 0, frame["response_0"], frame["response_1"]
+    return a.where(first, b), b.where(first, a)
+
+
+def preference_pairs(frame, label):
+    """DataFrame[prompt, chosen, rejected]; chosen is the better answer ("helpful") or the safer one ("safety")."""
+    require(frame, label, "preference_pairs")
+    chosen, rejected = _answers(frame, LABEL_COLUMNS[label][0])
+    return pd.DataFrame({"prompt": frame["prompt"], "chosen": chosen, "rejected": rejected})
+
+
+def cost_pairs(frame):
+    """DataFrame[prompt, costlier, cheaper, costlier_sign, cheaper_sign]; sign +1 is unsafe (cost > 0), -1 is safe."""
+    require(frame, "safety", "cost_pairs")
+    require(frame, "signs", "cost_pairs")
+    cheaper, costlier = _answers(frame, SAFER)
+    first, (sign_0, sign_1) = frame[SAFER] == 0, (1 - 2 * frame[name].astype(int) for name in SIGNS)
+    signs = {"costlier_sign": sign_1.where(first, sign_0), "cheaper_sign": sign_0.where(first, sign_1)}
+    return pd.DataFrame({"prompt": frame["prompt"], "costlier": costlier, "cheaper": cheaper, **signs})
+
+
+def split_by_prompt(frame, test_share, seed):
+    """(train, test): a prompt is in test when its hash with `seed`, uniform on [0, 1), falls below `test_share`.
+
+    So neither row order nor platform matters, and a prompt is on the same side in every file. The share of test prompts
+    is `test_share` on average. Raises DataError where a side would be empty.
+    """
+    if not 0 < test_share < 1:
+        raise DataError(f"test_share is {test_share}; expected a number between 0 and 1")
+    digests = frame["prompt"].map(lambda prompt: hashlib.sha256(f"{seed}:{prompt.strip()}".encode()).hexdigest())
+    test = digests.map(lambda digest: int(digest, 16) / 2**256) < test_share
+    if test.all() or not test.any():
+        found = f"no prompt for {'train' if test.all() else 'test'} at test_share={test_share}, seed={seed}"
+        raise _error(frame.attrs.get("source", "the frame"), found, "another share or seed, or more prompts")
+    return frame[~test].reset_index(drop=True), frame[test].reset_index(drop=True)
+
+
+def count_truncated(frame, count_tokens, max_tokens, account):
+    """Mark rows in which tokens(prompt) + tokens(answer) > max_tokens for either answer; nothing is cut or dropped.
+
+    count_tokens: list of n texts -> list of n ints. What a chat template or EOS adds is for `max_tokens` to allow for.
+    Returns a boolean Series over the rows and sets account.truncated to its sum.
+    """
+    prompt, a, b = (pd.Series(count_tokens(frame[name].tolist()), frame.index) for name in PKU)
+    mask = prompt + a.where(a > b, b) > max_tokens
+    account.truncated = int(mask.sum())
+    return mask
+
+
+def _say(text, stream):
+    """Print whatever the encoding of the stream; that nobody listens any more is no fault of the file."""
+    try:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # else Python complains again at its exit
+
+
+def main(argv=None):
+    """`check PATH`: 0 and the account on stdout where the file is usable, else 1 and one line on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m cdpo_utils.data", description="Check a file of preference pairs.")
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("path", help="a file, or the name of a data set on the hub")
+    parser.add_argument("--kind", choices=["helpful", "safety"], help="the label to read; what TRL's chosen means")
+    parser.add_argument("--strict", action="store_true", help="a row that would be dropped is an error")
+    args = parser.parse_args(argv)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the hub's retries and progress bars
+            frame, account = load_preferences(args.path, kind=args.kind, strict=args.strict)
+    except DataError as error:
+        _say(str(error), sys.stderr)
+        return 1
+    _say(f"{account}\n  labels: {', '.join(sorted(labels(frame)))}", sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

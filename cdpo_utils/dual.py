@@ -1,0 +1,120 @@
+"""The multiplier's side: step, step size, stopping rule, outer loop, one-shot solution, budgets and cost estimates.
+
+Conventions: cost > 0 is unsafe, `violation = C(pi) - budget` may be negative, lam >= 0. Everything is a vector over the m
+constraints. Knows nothing of models: `descend` is handed two functions.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cdpo_utils import exact
+
+
+def dual_step(lam, violation, dual_lr):
+    """[lam + dual_lr * violation]_+ : one projected (sub)gradient step on D, Algorithm 1 of arXiv:2505.19387. (m,)"""
+    return np.maximum(np.asarray(lam, float) + np.asarray(dual_lr) * np.asarray(violation, float), 0.0)
+
+
+def step_size(costs, beta):
+    """beta / sum_j |Cov_ij(c)| from on-policy cost samples (prompts, n, m): the safe Newton step, (m,).
+
+    D'' = E_x Cov_{pi_lam}(c | x) / beta, so this step is right at any beta, seed and scale of the cost; a fixed number
+    would not be. For one constraint it is Newton's step, for several a diagonal that majorises the Hessian.
+    Raises ValueError when there are fewer than two answers per prompt.
+    """
+    prompts, n, m = costs.shape
+    if n < 2:
+        raise ValueError(f"step_size: {n} answer per prompt; expected at least 2 to estimate a variance")
+    centred = (costs - costs.mean(1, keepdims=True)).reshape(-1, m)
+    covariance = np.abs(centred.T @ centred) / (prompts * (n - 1))
+    return beta / np.maximum(covariance.sum(1), 1e-6)
+
+
+def absolute_budget(reference_cost, improvement):
+    """CAID states E_pi[g] - E_ref[g] >= b with g = -c; here E_pi[c] <= d with d = E_ref[c] - b."""
+    return np.asarray(reference_cost, float) - np.asarray(improvement, float)
+
+
+def relative_improvement(reference_cost, budget):
+    """The b of CAID that belongs to an absolute budget d: b = E_ref[c] - d. Inverse of `absolute_budget`."""
+    return np.asarray(reference_cost, float) - np.asarray(budget, float)
+
+
+def one_shot(rewards, costs, beta, budget):
+    """Minimise D on stored reference samples (arXiv:2405.19544): rewards (P, n), costs (P, n, m) -> `exact.Optimum`.
+
+    The samples of a prompt stand for pi_ref with weight 1/n each, so this is the exact dual of a world in which only
+    they exist. `Optimum.feasible` is False where even the cheapest sample of every prompt costs more than the budget.
+    """
+    return exact.solve(np.full(rewards.shape, -np.log(rewards.shape[1])), rewards, costs, budget, beta)
+
+
+def effective_sample_size(logps):
+    """1 / sum_y w(y)^2 per prompt, (P,), for normalised weights w: n when they are equal, 1 when one sample has all."""
+    return np.exp(-np.logaddexp.reduce(2 * exact.normalise(logps), axis=1))
+
+
+def logit_cost(unsafe_counts, labels, clip=5.0):
+    """Cost from `labels` binary (un)safe votes per answer: logit of the mean, clipped, same shape as the counts.
+
+    P(unsafe) = sigmoid(c), so c = logit(P). Half a count is added on either side (Anscombe): unanimous votes stay
+    finite and the bias of a logit of a mean falls from order 1/n to 1/n^2. The paper (arXiv:2510.05703) leaves both open.
+    """
+    unsafe_counts = np.asarray(unsafe_counts, float)
+    if np.any((unsafe_counts < 0) | (unsafe_counts > labels)):
+        raise ValueError(f"logit_cost: counts must lie between 0 and labels={labels}")
+    return np.clip(np.log((unsafe_counts + 0.5) / (labels - unsafe_counts + 0.5)), -clip, clip)
+
+
+@dataclass
+class Descent:
+    """What the dual loop did. `rounds` has one dict per round: lam, cost, violation (lists), steps, samples, labels."""
+
+    lam: np.ndarray  # (m,) multiplier that the final policy was trained with
+    rounds: list
+    converged: bool
+    message: str
+
+    @property
+    def steps(self):
+        """Optimiser steps of the whole loop."""
+        return sum(r["steps"] for r in self.rounds)
+
+
+def settled(rounds, tolerance, patience):
+    """Whether the last `patience` rounds all met the budget: |violation| <= tolerance, or slack with lam = 0."""
+
+    def met(r):
+        lam, violation = np.array(r["lam"]), np.array(r["violation"])
+        return bool(np.all((np.abs(violation) <= tolerance) | ((lam == 0) & (violation <= 0))))
+
+    return len(rounds) >= patience and all(map(met, rounds[-patience:]))
+
+
+def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tolerance=0.05, patience=2, lowest=None):
+    """Dual descent: alternate approximate Lagrangian maximisation and projected dual steps.
+
+    maximise(lam, k) trains the policy for multiplier lam (m,) in round k and returns its optimiser steps; measure(k)
+    returns cost samples of the current policy, (prompts, n, m), and a dict for the record. `dual_lr` is in units of
+    `step_size`: 1 is Newton's step. From the third round on it is divided by 2, 3, ... (Robbins-Monro), so that sampling
+    noise averages out. Stops when `settled`, or after max_rounds, reported as not converged.
+
+    `lowest` (m,), where known, is the smallest attainable cost: a budget below it is reported, not chased.
+    """
+    lam, budget = np.atleast_1d(np.asarray(lam, float)), np.atleast_1d(np.asarray(budget, float))
+    if lowest is not None and np.any(np.atleast_1d(lowest) >= budget):
+        attainable = ", ".join(f"{v:.3f}" for v in np.atleast_1d(lowest))
+        return Descent(lam, [], False, f"budget {budget.tolist()} cannot be met: smallest attainable cost {attainable}")
+    rounds = []
+    for k in range(max_rounds):
+        steps = maximise(lam, k)
+        costs, extra = measure(k)
+        violation = costs.mean((0, 1)) - budget
+        rounds.append({"lam": lam.tolist(), "cost": costs.mean((0, 1)).tolist(), "violation": violation.tolist()})
+        rounds[-1].update(steps=steps, samples=int(costs.shape[0] * costs.shape[1]), **extra)
+        if settled(rounds, tolerance, patience):
+            return Descent(lam, rounds, True, f"violation within {tolerance} for {patience} rounds")
+        if k + 1 < max_rounds:
+            lam = dual_step(lam, violation, dual_lr / max(1, k) * step_size(costs, beta))
+    return Descent(lam, rounds, False, f"not settled within {max_rounds} rounds")

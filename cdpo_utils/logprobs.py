@@ -1,0 +1,135 @@
+"""Log-probabilities of answers: **summed** over the answer's tokens, its end-of-turn token included, prompt excluded.
+
+`response_logps` is the general way, one sequence per answer. `enumerate_logps` scores a whole finite set of answers per
+prompt; answers share their prefixes in a trie, so that each prefix is run once. Both return natural logarithms.
+"""
+
+import numpy as np
+import torch
+
+
+def pad(sequences, value, side="left"):
+    """Stack lists of ids into (n, longest); returns ids and attention mask."""
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), value)
+    mask = torch.zeros((len(sequences), width), dtype=torch.long)
+    for row, seq in enumerate(sequences):
+        where = slice(width - len(seq), width) if side == "left" else slice(0, len(seq))
+        ids[row, where] = torch.tensor(seq)
+        mask[row, where] = 1
+    return ids, mask
+
+
+def token_batches(order, lengths, batch_tokens):
+    """Cut `order` (indices, shortest sequence first) into batches of at most `batch_tokens` tokens after padding."""
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and lengths[order[stop]] * (stop + 1 - start) <= batch_tokens:
+            stop += 1
+        yield order[start:stop]
+        start = stop
+
+
+@torch.no_grad()
+def response_logps(model, prompt_ids, response_ids, pad_id=0, batch_tokens=16384):
+    """Sum of log pi(token | before) over each response, float32 numpy (n,). Lists of token ids, one per sequence.
+
+    Sequences are batched by length, at most `batch_tokens` tokens at once, so little is padded. The model is put in
+    eval mode and returned to the mode it had: dropout would perturb a frozen reference.
+    """
+    was_training = model.training
+    model.eval()
+    lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
+    order = np.argsort(lengths, kind="stable")
+    out = np.empty(len(lengths), np.float32)
+    for rows in token_batches(order, lengths, batch_tokens):
+        ids, mask = pad([prompt_ids[i] + response_ids[i] for i in rows], pad_id, side="right")
+        is_response = torch.zeros_like(mask)
+        for k, i in enumerate(rows):
+            is_response[k, len(prompt_ids[i]) : lengths[i]] = 1
+        ids, mask, is_response = (t.to(model.device) for t in (ids, mask, is_response))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        logps = _token_logps(logits, ids[:, 1:])
+        out[rows] = (logps * is_response[:, 1:]).sum(1).float().cpu().numpy()
+    model.train(was_training)
+    return out
+
+
+def _token_logps(logits, ids):
+    """log softmax(logits)[ids] without storing the whole log-softmax: (batch, length)."""
+    return logits.gather(-1, ids[..., None]).squeeze(-1) - torch.logsumexp(logits, -1)
+
+
+def build_trie(answers):
+    """Merge token sequences by common prefix. Returns token (N,), parent (N,), depth (N,) and the paths (A, longest).
+
+    Node -1 stands for the end of the prompt. A path lists the nodes of one answer, padded with N.
+    """
+    node_of, token, parent, depth, paths = {}, [], [], [], []
+    for answer in answers:
+        here, path = -1, []
+        for t in answer:
+            if (here, t) not in node_of:
+                node_of[here, t] = len(token)
+                token.append(t)
+                parent.append(here)
+                depth.append(len(path))
+            here = node_of[here, t]
+            path.append(here)
+        paths.append(path)
+    width = max(map(len, paths))
+    padded = np.array([path + [len(token)] * (width - len(path)) for path in paths])
+    return np.array(token), np.array(parent), np.array(depth), padded
+
+
+@torch.no_grad()
+def enumerate_logps(model, prompt_ids, answer_ids, chunk=72, batch_tokens=32768):
+    """log pi(answer | prompt) for every prompt and every answer of one shared set, float64 numpy (P, A).
+
+    Answers are sorted and cut into chunks; each chunk is one trie, laid out as one sequence behind the prompt, with an
+    attention mask that lets a node see the prompt and its own ancestors only. Last tokens (end of turn) are scored but
+    need not be run. Prompts are left-padded. Equality with `response_logps` is tested.
+    """
+    was_training = model.training
+    model.eval()
+    out = np.empty((len(prompt_ids), len(answer_ids)))
+    order = sorted(range(len(answer_ids)), key=lambda j: answer_ids[j])
+    for first in range(0, len(order), chunk):
+        columns = order[first : first + chunk]
+        trie = build_trie([answer_ids[j] for j in columns])
+        per_batch = max(1, batch_tokens // (len(trie[0]) + max(map(len, prompt_ids))))
+        for start in range(0, len(prompt_ids), per_batch):
+            batch = prompt_ids[start : start + per_batch]
+            out[start : start + len(batch), columns] = _trie_logps(model, batch, trie)
+    model.train(was_training)
+    return out
+
+
+def _trie_logps(model, prompt_ids, trie):
+    token, parent, depth, paths = trie
+    inner = np.isin(np.arange(len(token)), parent)  # leaves are scored, not run
+    slot = np.cumsum(inner) - 1
+    n = int(inner.sum())
+    sees = np.eye(n, dtype=bool)
+    for node in np.flatnonzero(inner):  # parents come before children
+        if parent[node] >= 0:
+            sees[slot[node]] |= sees[slot[parent[node]]]
+    ids, mask = pad(prompt_ids, 0, side="left")
+    b, p = ids.shape
+    ids = torch.cat([ids, torch.tensor(token[inner]).expand(b, n)], 1)
+    lengths = mask.sum(1, keepdim=True)
+    positions = torch.cat([(mask.cumsum(1) - 1).clamp(min=0), lengths + torch.tensor(depth[inner])], 1)
+    allowed = torch.zeros(b, 1, p + n, p + n, dtype=torch.bool)
+    allowed[:, 0, :p, :p] = torch.ones(p, p, dtype=torch.bool).tril() & mask[:, None].bool()
+    allowed[:, 0, p:, :p] = mask[:, None].bool()
+    allowed[:, 0, p:, p:] = torch.tensor(sees)
+    allowed |= torch.eye(p + n, dtype=torch.bool)  # a padding position sees itself, so that no softmax is empty
+    bias = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, torch.finfo(model.dtype).min)
+    ids, positions, bias = (t.to(model.device) for t in (ids, positions, bias))
+    logits = model(input_ids=ids, attention_mask=bias, position_ids=positions, use_cache=False).logits[:, p - 1 :]
+    before = torch.tensor(np.where(parent >= 0, slot[parent] + 1, 0), device=logits.device)  # 0 is the prompt's end
+    normaliser = torch.logsumexp(logits, -1)
+    chosen = logits[:, before, torch.tensor(token, device=logits.device)] - normaliser[:, before]
+    logps = torch.cat([chosen.double().cpu(), torch.zeros(b, 1, dtype=torch.float64)], 1)
+    return logps[:, torch.tensor(paths)].sum(-1).numpy()

@@ -1,0 +1,154 @@
+"""Tokenizers and models: the bench's small Llama, a pretrained model with LoRA, and sampling from either."""
+
+import contextlib
+
+import numpy as np
+import torch
+from peft import PeftModel
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+from cdpo_utils.logprobs import token_batches
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} "
+    "{% if message['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+SPECIAL = ["<|pad|>", "<|end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
+
+
+def word_tokenizer(texts):
+    """One token per word of `texts`, sorted, behind the special tokens; with a chat template. For the bench."""
+    words = sorted({word for text in texts for word in text.split()})
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(SPECIAL + words)}, unk_token="<|unk|>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>", unk_token="<|unk|>",
+        chat_template=CHAT_TEMPLATE, padding_side="left", clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def _small_config(tokenizer, width, layers, **more):
+    return LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        num_attention_heads=8, initializer_range=width**-0.5, max_position_embeddings=128, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **more,
+    )  # fmt: skip
+
+
+def small_llama(tokenizer, seed, width=64, layers=1):
+    """A Llama with random weights, 45 thousand parameters by default.
+
+    The usual initial spread of 0.02 is meant for widths of thousands; at width 64 training then starts on a plateau.
+    """
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(_small_config(tokenizer, width, layers))
+
+
+def encode_prompts(tokenizer, prompts):
+    """Token ids of each prompt as a user turn, up to and including the assistant's opening."""
+    chats = [[{"role": "user", "content": p}] for p in prompts]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def encode_answers(tokenizer, answers):
+    """Token ids of each answer with the end-of-turn token behind it."""
+    return [ids + [tokenizer.eos_token_id] for ids in tokenizer(list(answers), add_special_tokens=False)["input_ids"]]
+
+
+def small_scorer(tokenizer, seed, width=64, layers=1):
+    """A Llama of the same size with a scalar head, for rewards and costs."""
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(_small_config(tokenizer, width, layers, num_labels=1))
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.0, batch_rows=4096):
+    """`n` sampled answers per prompt: texts and token ids (end of turn included), each a list of P lists of n.
+
+    Plain sampling: no top-k, no top-p. Rows are left-padded and batched by prompt length; the random stream depends on
+    `seed` alone.
+    """
+    was_training = model.training
+    model.eval()
+    torch.manual_seed(seed)
+    order = np.argsort([len(p) for p in prompt_ids], kind="stable")
+    texts, ids = [None] * len(prompt_ids), [None] * len(prompt_ids)
+    per_batch = max(1, batch_rows // n)
+    for start in range(0, len(order), per_batch):
+        rows = order[start : start + per_batch]
+        batch = tokenizer.pad({"input_ids": [prompt_ids[i] for i in rows]}, padding_side="left", return_tensors="pt")
+        out = model.generate(
+            **batch.to(model.device), do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
+            num_return_sequences=n, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )[:, batch["input_ids"].shape[1] :]  # fmt: skip
+        answers = [_until(row, tokenizer.eos_token_id) for row in out.tolist()]
+        decoded = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        for k, i in enumerate(rows):
+            ids[i], texts[i] = answers[k * n : (k + 1) * n], decoded[k * n : (k + 1) * n]
+    model.train(was_training)
+    return texts, ids
+
+
+def _until(ids, end):
+    """Ids up to and including the first `end`; all of them where there is none."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+@contextlib.contextmanager
+def as_reference(model):
+    """The reference inside `model`: the base without adapters for a PeftModel, else the model itself."""
+    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+        yield model
+
+
+def clean_copy(model):
+    """An independent model with equal weights. Not `deepcopy`: TRL replaces `forward` on the instances that it trains, and
+    a deep copy would carry that function along, still bound to the original's weights."""
+    copy = type(model)(model.config)
+    copy.load_state_dict(model.state_dict())
+    return copy.to(model.device, model.dtype)
+
+
+def snapshot(model):
+    """A copy of the trainable weights, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore(model, weights):
+    """Put back a `snapshot`. Raises KeyError if it belongs to another model."""
+    parameters = dict(model.named_parameters())
+    for name, value in weights.items():
+        parameters[name].copy_(value)
+
+
+@torch.no_grad()
+def reset_adapter(model):
+    """Make a LoRA policy equal to its base again: B = 0, A drawn anew."""
+    for module in model.modules():
+        if hasattr(module, "reset_lora_parameters"):
+            module.reset_lora_parameters("default", True)
+
+
+@torch.no_grad()
+def score(model, tokenizer, prompts, answers, batch_tokens=32768):
+    """Scalar-head scores of (prompt, answer) texts, float64 numpy (n,). Each distinct row is run once."""
+    was_training = model.training
+    model.eval()
+    rows = list(dict.fromkeys(zip(prompts, answers, strict=True)))
+    unique = [list(dict.fromkeys(texts)) for texts in zip(*rows, strict=True)]
+    prompt_ids = dict(zip(unique[0], encode_prompts(tokenizer, unique[0]), strict=True))
+    answer_ids = dict(zip(unique[1], encode_answers(tokenizer, unique[1]), strict=True))
+    ids = [prompt_ids[p] + answer_ids[a] for p, a in rows]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    scores = {}
+    for batch in token_batches(order, [len(x) for x in ids], batch_tokens):
+        padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="right", return_tensors="pt")
+        out = model(**padded.to(model.device), use_cache=False).logits.squeeze(-1).double().cpu().numpy()
+        scores.update(zip((rows[i] for i in batch), out, strict=True))
+    model.train(was_training)
+    return np.array([scores[row] for row in zip(prompts, answers, strict=True)])

@@ -1,0 +1,158 @@
+"""One JSON file per executed notebook: what was run, with which versions, and one row per method.
+
+Every method of the series is reported by the same fields, so that notebooks, the report and the tests compare like
+with like. `method_row` refuses a row that lacks a field or has one too many.
+"""
+
+import json
+import math
+import numbers
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+METHODS = ("reference", "dpo_helpful", "dpo_harmless", "c_dpo", "one_shot", "dual_descent", "pd_dpo", "optimum")
+METHOD_FIELDS = (
+    "method",  # one of METHODS
+    "notebook",  # stem of the notebook that measured it
+    "setting",  # bench, smollm2, paper
+    "feedback",  # oracle: trained on the true scores; learned: on what the preference labels say
+    "seed",
+    "lam",  # multiplier, one per constraint when there are several; so are cost, budget and violation
+    "reward",  # E[r]
+    "cost",  # E[c]
+    "budget",  # d
+    "violation",  # E[c] - d, negative when the constraint is slack
+    "kl_ref",  # KL(pi || pi_ref), nats per prompt
+    "gap",  # KL(pi || pi*) / KL(pi_ref || pi*) in percent: 0 the constrained optimum, 100 the reference
+    "mass",  # probability outside the enumerable answers
+    "split",  # train or test prompts
+    "seconds",
+    "peak_mib",
+    "converged",
+)
+CHOICES = {"method": METHODS, "feedback": ("oracle", "learned"), "split": ("train", "test")}
+PER_CONSTRAINT = ("lam", "cost", "budget", "violation")
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "papermill", "cdpo-utils")
+
+
+def repo_root():
+    """The folder that holds cdpo_utils, notebooks and data, wherever the kernel was started."""
+    return Path(__file__).resolve().parents[1]
+
+
+def method_row(**fields):
+    """A checked row, its fields in the order of METHOD_FIELDS. None stands for "not available here"."""
+    for name in fields:
+        if name not in METHOD_FIELDS:
+            raise ValueError(f"{name}: not a field of a method row")
+    for name in METHOD_FIELDS:
+        if name not in fields:
+            raise ValueError(f"{name}: missing (None where a value is not available)")
+    row = {name: _checked(name, fields[name]) for name in METHOD_FIELDS}
+    lengths = {name: len(row[name]) for name in PER_CONSTRAINT if isinstance(row[name], list)}
+    for name, length in lengths.items():
+        if length != max(lengths.values()):
+            raise ValueError(f"{name}: {length} values, but one per constraint makes {max(lengths.values())}")
+    return row
+
+
+def _checked(name, value):
+    if name in CHOICES:
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}: {value!r} is none of {', '.join(CHOICES[name])}")
+        return value
+    if name in ("notebook", "setting"):
+        if not isinstance(value, str) or not value:
+            raise ValueError(f"{name}: {value!r} is not a name")
+        return value
+    if name == "seed":
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise ValueError(f"{name}: {value!r} is not an integer")
+        return int(value)
+    if value is None:
+        return None
+    if name == "converged":
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: {value!r} is neither true nor false")
+        return value
+    if name in PER_CONSTRAINT and isinstance(value, list | tuple):
+        return [_finite(name, item) for item in value]
+    return _finite(name, value)
+
+
+def _finite(name, value):
+    # numpy scalars are Real and become plain floats; a tensor is not, and is refused rather than guessed at
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ValueError(f"{name}: {value!r} is not a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: {value!r} is not finite")
+    return float(value)
+
+
+def save_record(notebook, parameters, methods, extra=None):
+    """Write the record of one notebook, replacing its last one in the same run; returns the path.
+
+    A run of `cdpo_utils.run` names its folder in CDPO_RUN_DIR; a notebook run by hand writes below build/.
+    """
+    record = {
+        "notebook": notebook,
+        "parameters": parameters,
+        "methods": [method_row(**row) for row in methods],
+        "versions": versions(),
+        "extra": extra,
+    }
+    text = json.dumps(record, indent=1, allow_nan=False)
+    folder = Path(os.environ.get("CDPO_RUN_DIR") or repo_root() / "build") / "records"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{notebook}.json"
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text + "\n", encoding="utf-8")
+    os.replace(part, path)  # a reader sees the old file or the new one, never half of one
+    return path
+
+
+def versions():
+    """What a number may depend on besides the parameters."""
+    torch = sys.modules.get("torch")  # asked only where it is loaded: importing it takes seconds
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        **{name.replace("-", "_"): _installed(name) for name in PACKAGES},
+        "commit": _commit(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if torch else None,
+    }
+
+
+def _installed(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit():
+    """The git commit, with -dirty when the files differ from it; None outside a clone."""
+    root = repo_root()
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def peak_mib():
+    """Largest resident memory of this process so far, in MiB; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)  # macOS counts bytes, Linux KiB

@@ -1,0 +1,115 @@
+"""The results of a run for reading: a text table for the terminal, HTML pages for the browser."""
+
+import html
+import math
+
+import nbformat
+from nbconvert import HTMLExporter
+
+# heading, what it shows of a method row
+COLUMNS = (
+    ("notebook", lambda row: row["notebook"].split("_")[0]),
+    ("method", lambda row: row["method"]),
+    ("feedback", lambda row: row["feedback"]),
+    ("split", lambda row: row["split"]),
+    ("lam", lambda row: number(row["lam"], 3)),
+    ("reward", lambda row: number(row["reward"], 3)),
+    ("cost", lambda row: number(row["cost"], 3)),
+    ("violation", lambda row: number(row["violation"], 3, sign="+")),
+    ("kl_ref", lambda row: number(row["kl_ref"], 3)),
+    ("gap %", lambda row: number(row["gap"], 2)),
+    ("seconds", lambda row: number(row["seconds"], 1)),
+)
+WORDS = 4  # the first columns are words and stand to the left, the others are numbers
+
+STYLE = """
+body { font: 16px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 1em 0; }
+th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #ccc; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+"""
+
+
+def number(value, digits, sign=""):
+    """A number, or one per constraint, with fixed digits; "-" where it is not available."""
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ", ".join(number(item, digits, sign) for item in value)
+    return f"{value:{sign}.{digits}f}"
+
+
+def text_table(rows):
+    """The method rows as plain text in columns."""
+    lines = [[heading for heading, _ in COLUMNS]] + [[show(row) for _, show in COLUMNS] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    place = [str.ljust] * WORDS + [str.rjust] * (len(COLUMNS) - WORDS)
+    return "\n".join(
+        "  ".join(put(text, width) for put, text, width in zip(place, line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def html_table(headings, lines, words):
+    """A table from texts, escaped here; the columns from `words` on are numbers."""
+
+    def tr(tag, texts):
+        opening = [f"<{tag}>" if i < words else f'<{tag} class="number">' for i in range(len(texts))]
+        cells = (f"{start}{html.escape(text)}</{tag}>" for start, text in zip(opening, texts, strict=True))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    return "\n".join(["<table>", tr("th", headings), *(tr("td", line) for line in lines), "</table>"])
+
+
+def minutes(seconds):
+    """Seconds as people say them: 34 s, 2 min 05 s."""
+    seconds = math.ceil(seconds)
+    return f"{seconds} s" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s"
+
+
+def title(path):
+    """The heading a notebook opens with, or its name."""
+    first = nbformat.read(path, as_version=4).cells[0].source.partition("\n")[0]
+    return first.removeprefix("# ") if first.startswith("# ") else path.stem
+
+
+def write_html(folder, seconds, summary):
+    """A page for each executed notebook and index.html, whose path is returned; `seconds` is {notebook: time}."""
+    # nbconvert's newer template drops the alternative texts of the figures; the classic one keeps them
+    exporter = HTMLExporter(template_name="classic")
+    links = []
+    for stem, taken in seconds.items():
+        path = folder / f"{stem}.ipynb"
+        page, _ = exporter.from_filename(str(path))
+        path.with_suffix(".html").write_text(page, encoding="utf-8")
+        links.append(f'<li><a href="{html.escape(stem)}.html">{html.escape(title(path))}</a> ({minutes(taken)})</li>')
+    methods = html_table(
+        [heading for heading, _ in COLUMNS],
+        [[show(row) for _, show in COLUMNS] for row in summary["methods"]],
+        WORDS,
+    )
+    versions = html_table(["", ""], [[name, str(value)] for name, value in summary["versions"].items()], 2)
+    index = folder / "index.html"
+    index.write_text(
+        f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>Run {html.escape(folder.name)}</title><style>{STYLE}</style></head>
+<body>
+<h1>Run {html.escape(folder.name)}</h1>
+<p>{len(seconds)} notebooks in {minutes(sum(seconds.values()))}. Formulas in the pages are drawn by MathJax, which the
+browser takes from the network; everything else is in the files.</p>
+<ol>
+{chr(10).join(links)}
+</ol>
+<h2>Methods</h2>
+<p>violation = cost - budget: positive breaks the constraint. gap: 0 % is the exact constrained optimum, 100 % the
+reference. A "-" is a value that is not available there.</p>
+{methods}
+<h2>Versions</h2>
+{versions}
+</body>
+</html>
+""",
+        encoding="utf-8",
+    )
+    return index

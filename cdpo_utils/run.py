@@ -1,0 +1,281 @@
+"""Run the notebook series: `python -m cdpo_utils.run --help`.
+
+Each run gets a folder of its own, runs/<time>/, with the executed notebooks, their records, summary.json and an HTML
+report; runs/latest leads to the newest complete one.
+Exit status: 0 done, 1 a notebook failed, 2 not understood and nothing run, 130 interrupted.
+"""
+
+import argparse
+import ast
+import contextlib
+import difflib
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from cdpo_utils import record, report
+
+KINDS = {"bool": bool, "int": int, "float": float, "str": str}
+
+
+class NotUnderstood(Exception):
+    """A request that cannot be carried out as typed; nothing has been run."""
+
+
+class NotebookFailed(Exception):
+    """A notebook stopped; the message says where and why."""
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m cdpo_utils.run", description="Run the notebooks in order.")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="these notebooks only: 02,05 or 02 05")
+    parser.add_argument("--setting", default="bench", help="bench (the notebooks' own defaults), or a setting of "
+                        "notebooks/params/<notebook>.<setting>.yaml, such as smollm2")  # fmt: skip
+    parser.add_argument("--params", metavar="FILE", type=Path, help="YAML of name: value, for every notebook with it")
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs",
+                        help="one parameter, for every notebook that has it; goes before --params")  # fmt: skip
+    parser.add_argument("--seed", type=int, help="the same as -p seed N")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to keep runs in (default: runs)")
+    parser.add_argument("--no-report", action="store_true", help="no HTML pages")
+    return parser.parse_args(argv)
+
+
+def select(folder, only, setting):
+    """[(notebook, parameter file of the setting or None)] in reading order."""
+    paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    names = {name: path for path in paths for name in (path.stem, path.name, path.stem[:2])}
+    for item in only:
+        if item not in names:
+            raise NotUnderstood(f"--only {item}: no such notebook; there are {', '.join(p.stem for p in paths)}")
+    chosen = [path for path in paths if not only or path in [names[item] for item in only]]
+    if not chosen:
+        raise NotUnderstood(f"no notebooks in {folder}")
+    if setting == "bench":
+        return [(path, None) for path in chosen]
+    files = {path: folder / "params" / f"{path.stem}.{setting}.yaml" for path in chosen}
+    if not any(file.exists() for file in files.values()):
+        known = sorted({file.stem.split(".")[-1] for file in folder.glob("params/*.yaml")} | {"bench"})
+        raise NotUnderstood(f"--setting {setting}: no notebook has parameters for it; settings: {', '.join(known)}")
+    for path, file in files.items():
+        if not file.exists():
+            print(f"skipped {path.stem}: not available in the setting {setting}")
+    return [(path, file) for path, file in files.items() if file.exists()]
+
+
+def read_yaml(file):
+    """A file of `name: value` lines."""
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise NotUnderstood(f"{file}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise NotUnderstood(f"{file}: expected lines of `name: value`")
+    return values
+
+
+def absolute(values):
+    """Files are named as seen from where the command was typed; the kernels run elsewhere."""
+    here = {name: v for name, v in values.items() if str(name).endswith("_file") and isinstance(v, str) and v}
+    return values | {name: str(Path(value).expanduser().absolute()) for name, value in here.items()}
+
+
+def coerce(value, default, annotation):
+    """`value`, typed or from YAML, as the type of a notebook's parameter; ValueError says what was expected.
+
+    YAML 1.1 reads 1e-5 as text, and papermill would pass it on as such.
+    """
+    annotation = annotation.replace(" ", "")
+    inner = annotation.removeprefix("Optional[")
+    if value in (None, "null", "None") and (default is None or inner != annotation):
+        return None
+    if isinstance(default, list | tuple) or inner.startswith(("list", "tuple")):
+        return _coerce_list(value, default, inner)
+    kind = KINDS.get(inner.rstrip("]"), str if default is None else type(default))
+    if kind in (int, float):
+        return _coerce_number(value, kind)
+    if kind is bool and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    if not isinstance(value, kind):
+        raise ValueError(f"{value!r} is not {'true or false' if kind is bool else f'a {kind.__name__}'}")
+    return value
+
+
+def _coerce_number(value, kind):
+    try:
+        if isinstance(value, bool) or not isinstance(value, str | int | kind):
+            raise ValueError
+        number = kind(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is not {'an integer' if kind is int else 'a number'}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not finite")
+    return number
+
+
+def _coerce_list(value, default, annotation):
+    with contextlib.suppress(yaml.YAMLError):
+        value = yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{value!r} is not a list, such as [1, 2]")
+    item_type = annotation.partition("[")[2].split(",")[0].rstrip("]")
+    if not item_type and not default:
+        return list(value)
+    return [coerce(item, default[0] if default else None, item_type) for item in value]
+
+
+def plan(chosen, given):
+    """{notebook: parameters to inject}, every name and value checked before anything runs."""
+    known = {path: papermill.inspect_notebook(path) for path, _ in chosen}
+    refuse_unknown(given, {name for names in known.values() for name in names}, "selected notebook")
+    parameters = {}
+    for path, file in chosen:
+        own = read_yaml(file) if file else {}
+        refuse_unknown(own, known[path], f"parameter of {path.stem}, named in {file}")
+        parameters[path] = {}
+        for name, value in (own | given).items():
+            if name in known[path]:
+                spec = known[path][name]
+                try:
+                    default = ast.literal_eval(spec["default"])
+                    parameters[path][name] = coerce(value, default, spec["inferred_type_name"])
+                except ValueError as error:
+                    raise NotUnderstood(f"parameter {name} of {path.stem}: {error}") from error
+    return parameters
+
+
+def refuse_unknown(names, known, where):
+    # papermill only warns, and the run goes on with the default
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), sorted(known), n=3, cutoff=0)
+            raise NotUnderstood(f"unknown parameter {name}: no {where} has it; the nearest are {', '.join(near)}")
+
+
+def new_folder(out):
+    """A folder that did not exist before, named by the time."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ["", *(f"-{n}" for n in range(2, 100))]:
+        with contextlib.suppress(FileExistsError):
+            (out / (stamp + suffix)).mkdir(parents=True)
+            return out / (stamp + suffix)
+    raise NotUnderstood(f"no free name for a new folder in {out}")
+
+
+@contextlib.contextmanager
+def environment(**values):
+    """Environment variables for the kernels, put back afterwards."""
+    before = os.environ.copy()
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def execute(path, parameters, folder, label):
+    """Run one notebook into `folder` and return the seconds it took."""
+    start = time.perf_counter()
+    output = folder / path.name
+    try:
+        papermill.execute_notebook(
+            path,
+            output,
+            parameters=parameters,
+            kernel_name="python3",
+            cwd=record.repo_root(),
+            start_timeout=300,  # a loaded machine
+            extra_arguments=["--log-level=CRITICAL"],  # else each kernel warns that it listens on a local port
+            progress_bar={"desc": label, "leave": False, "disable": None},  # None: only on a terminal
+        )
+    except PapermillExecutionError as error:
+        first = next((line for line in error.source.splitlines() if line.strip()), "")
+        where = f"{path.name}, {place(path, error.source)}: {first}"
+        raise NotebookFailed(f"{where}\n{error.ename}: {error.evalue}\nsee {output}") from error
+    except DeadKernelError as error:
+        # its last word, and with it In [n], may be lost; papermill's own clock is not
+        cells = nbformat.read(output, as_version=4).cells
+        where = [place(path, cell.source) for cell in cells if cell.metadata.papermill.start_time]
+        reason = "the kernel died (out of memory?)"
+        raise NotebookFailed(f"{path.name}, {where[-1]}: {reason}\nsee {output}") from error
+    return time.perf_counter() - start
+
+
+def place(path, source):
+    """Where a cell stands in the notebook as it is in notebooks/: papermill counts the cells it added itself."""
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    return f"cell {sources.index(source) + 1} of {len(sources)}" if source in sources else "injected parameters"
+
+
+def summarise(folder):
+    """Collect the records of a run into summary.json, and return it."""
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("records/*.json"))]
+    summary = {
+        "schema": 1,
+        "versions": records[-1]["versions"] if records else record.versions(),
+        "parameters": {r["notebook"]: r["parameters"] for r in records},
+        "methods": [row for r in records for row in r["methods"]],
+    }
+    text = json.dumps(summary, indent=1, allow_nan=False)
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+    return summary
+
+
+def point_latest(folder):
+    """runs/latest leads to `folder`; where links are not to be had, latest.txt holds its name."""
+    link = folder.parent / f"latest.{os.getpid()}"
+    try:
+        link.symlink_to(folder.name, target_is_directory=True)
+        os.replace(link, folder.parent / "latest")
+    except OSError:
+        link.unlink(missing_ok=True)
+        (folder.parent / "latest.txt").write_text(folder.name + "\n", encoding="utf-8")
+
+
+def main(argv=None, notebooks=None):
+    """The command line; `notebooks` is the folder they are in. Returns the exit status."""
+    args = parse(argv)
+    only = [item for group in args.only for item in group.split(",") if item]
+    try:
+        chosen = select(notebooks or record.repo_root() / "notebooks", only, args.setting)
+        given = read_yaml(args.params) if args.params else {}
+        given |= {} if args.seed is None else {"seed": args.seed}
+        parameters = plan(chosen, absolute(given | dict(args.pairs)))
+        folder = new_folder((args.out or record.repo_root() / "runs").absolute())
+    except NotUnderstood as error:
+        print(error, file=sys.stderr)
+        return 2
+
+    seconds = {}
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with environment(CDPO_RUN_DIR=str(folder), **quiet):
+        for i, path in enumerate(parameters, start=1):
+            label = f"[{i}/{len(parameters)}] {path.stem}"
+            try:
+                seconds[path.stem] = execute(path, parameters[path], folder, label)
+            except NotebookFailed as error:
+                print(error, file=sys.stderr)
+                return 1
+            except KeyboardInterrupt:
+                print(f"interrupted in {path.name}\nsee {folder}", file=sys.stderr)
+                return 130
+            print(f"{label}  {report.minutes(seconds[path.stem])}", flush=True)
+
+    summary = summarise(folder)
+    page = None if args.no_report else report.write_html(folder, seconds, summary)
+    point_latest(folder)
+    print(f"\n{report.text_table(summary['methods'])}\n\n{page or folder / 'summary.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

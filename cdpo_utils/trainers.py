@@ -1,0 +1,226 @@
+"""Training with TRL: the one module that imports it.
+
+TRL tokenises texts row by row; here rows arrive as token ids, each text tokenised once (`pair_dataset`). TRL 1.16 has no
+hook for a loss per pair, so `PreferenceTrainer` overrides `_compute_loss`, which is private: trl is pinned and
+tests/test_trainers.py compares it with the stock trainer step by step.
+"""
+
+import tempfile
+from dataclasses import dataclass
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference as PairCollatorBase
+from trl.trainer.reward_trainer import DataCollatorForPreference as ScoreCollatorBase
+
+from cdpo_utils import losses
+from cdpo_utils.policies import encode_answers, encode_prompts
+
+PAIR_COLUMNS = ("pref_prob", "sampler_chosen_logps", "sampler_rejected_logps")
+SIGN_COLUMNS = ("chosen_sign", "rejected_sign")
+
+
+def _encode_once(encode, tokenizer, texts):
+    unique = list(dict.fromkeys(texts))
+    ids = dict(zip(unique, encode(tokenizer, unique), strict=True))
+    return [ids[text] for text in texts]
+
+
+def pair_dataset(tokenizer, prompts, chosen, rejected, **columns):
+    """Tokenised pairs: prompt_ids, chosen_ids, rejected_ids (lists of ids) and any further columns, as a Dataset."""
+    return Dataset.from_dict(
+        {
+            "prompt_ids": _encode_once(encode_prompts, tokenizer, list(prompts)),
+            "chosen_ids": _encode_once(encode_answers, tokenizer, list(chosen)),
+            "rejected_ids": _encode_once(encode_answers, tokenizer, list(rejected)),
+            **columns,
+        }
+    )
+
+
+def _arguments(kind, batch_size, lr, seed, **more):
+    """Settings common to all trainers: cosine schedule, no checkpoints, nothing reported, precision said aloud."""
+    return kind(
+        output_dir=tempfile.gettempdir(), max_steps=1, per_device_train_batch_size=batch_size, learning_rate=lr,
+        lr_scheduler_type="cosine", weight_decay=0.0, seed=seed,
+        save_strategy="no", logging_strategy="steps", logging_steps=50, report_to="none", disable_tqdm=True,
+        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
+        gradient_checkpointing=False, dataloader_pin_memory=torch.cuda.is_available(), **more,
+    )  # fmt: skip
+
+
+def run_steps(trainer, steps, seed):
+    """Train for `steps` optimiser steps. Weights and optimiser state go on from where they are; the learning rate
+    schedule starts anew, and `seed` decides the order of rows. Returns the steps taken."""
+    trainer.args.max_steps = steps
+    trainer.args.warmup_steps = min(20, max(1, steps // 10))
+    torch.manual_seed(seed)
+    trainer.train()
+    return steps
+
+
+@dataclass
+class PairCollator(PairCollatorBase):
+    """TRL's collator, which also carries the per-pair columns that the loss needs."""
+
+    pair_columns: tuple = ()
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        for name in self.pair_columns:
+            batch[name] = torch.tensor([float(e[name]) for e in examples], dtype=torch.float32)
+        return batch
+
+
+class PreferenceTrainer(DPOTrainer):
+    """DPO with a probability per pair (`losses.soft_dpo_loss`) and cached reference log-probabilities.
+
+    The dataset holds ref_chosen_logps, ref_rejected_logps, pref_prob and, where `level` > 0, the log-probabilities of
+    both answers under the distribution they were drawn from (sampler_*_logps, see `losses.level_loss`).
+    `self.beta` may be changed between rounds. Metrics keep TRL's names.
+    """
+
+    def __init__(self, *args, level=0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.level = level
+        unsupported = {
+            "loss_type": self.loss_types != ["sigmoid"], "ld_alpha": self.ld_alpha is not None,
+            "f_divergence_type": self.f_divergence_type != "reverse_kl", "use_weighting": self.use_weighting,
+            "router_aux_loss": self.aux_loss_enabled, "images": self._is_vision_dataset,
+        }  # fmt: skip
+        if any(unsupported.values()):
+            raise ValueError(f"PreferenceTrainer does not implement {[k for k, v in unsupported.items() if v]}")
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset  # tokenised already
+
+    def _precompute_ref_logps(self, dataset, name, batch_size):
+        return dataset  # computed already, once per (answer, reference)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [c for c in PAIR_COLUMNS if c not in self._signature_columns]
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"]
+        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+        out = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, labels=labels,
+            fused_lm_head=True,
+        )  # fmt: skip
+        # Masked positions have log-probability 0; the slice drops the virtual tokens that prompt-learning prepends.
+        policy_chosen, policy_rejected = out.log_probs[:, -(mask.shape[1] - 1) :].sum(1).chunk(2)
+        ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        per_pair = losses.soft_dpo_loss(
+            policy_chosen, policy_rejected, ref_chosen, ref_rejected, self.beta, inputs["pref_prob"]
+        )
+        loss = per_pair.mean()
+        if self.level > 0:
+            sampler = torch.cat([inputs["sampler_chosen_logps"], inputs["sampler_rejected_logps"]])
+            loss = loss + self.level * losses.level_loss(torch.cat([policy_chosen, policy_rejected]), sampler)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()} at optimiser step {self.state.global_step}")
+        self._log_pairs(mode, inputs, policy_chosen - ref_chosen, policy_rejected - ref_rejected)
+        return (loss, out) if return_outputs else loss
+
+    @torch.no_grad()
+    def _log_pairs(self, mode, inputs, chosen_logratio, rejected_logratio):
+        metrics = self._metrics[mode]
+        if mode == "train":
+            self._total_train_tokens += inputs["attention_mask"].sum().item()
+        metrics["num_tokens"] = [self._total_train_tokens]
+        values = {
+            "rewards/chosen": self.beta * chosen_logratio,
+            "rewards/rejected": self.beta * rejected_logratio,
+            "rewards/margins": self.beta * (chosen_logratio - rejected_logratio),
+            "rewards/accuracies": (chosen_logratio > rejected_logratio).float(),
+        }
+        for name, value in values.items():
+            metrics[name].append(value.mean().item())
+
+
+def preference_trainer(model, tokenizer, dataset, beta, batch_size, lr, seed, level=0.0, max_length=None):
+    """A `PreferenceTrainer` over `pair_dataset` rows; train it, in one go or in rounds, with `run_steps`."""
+    args = _arguments(DPOConfig, batch_size, lr, seed, beta=beta, max_length=max_length, precompute_ref_log_probs=True)
+    columns = PAIR_COLUMNS if level > 0 else PAIR_COLUMNS[:1]
+    collator = PairCollator(tokenizer.pad_token_id, max_length=max_length, pair_columns=columns)
+    trainer = PreferenceTrainer(
+        model=model, args=args, processing_class=tokenizer, train_dataset=dataset, data_collator=collator, level=level
+    )
+    if isinstance(model, PeftModel):
+        model.delete_adapter("ref")  # TRL's frozen copy of the adapter; the cached log-probabilities take its place
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def train_sft(model, tokenizer, prompts, answers, steps, batch_size, lr, seed, max_length=None):
+    """Supervised fine-tuning on answers (mean cross-entropy over answer tokens); returns TRL's log history."""
+    prompt_ids = _encode_once(encode_prompts, tokenizer, list(prompts))
+    answer_ids = _encode_once(encode_answers, tokenizer, list(answers))
+    dataset = Dataset.from_dict(
+        {
+            "input_ids": [p + a for p, a in zip(prompt_ids, answer_ids, strict=True)],
+            "completion_mask": [[0] * len(p) + [1] * len(a) for p, a in zip(prompt_ids, answer_ids, strict=True)],
+        }
+    )
+    args = _arguments(SFTConfig, batch_size, lr, seed, max_length=max_length, completion_only_loss=True)
+    trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=dataset)
+    trainer.remove_callback(PrinterCallback)
+    run_steps(trainer, steps, seed)
+    return trainer.state.log_history
+
+
+@dataclass
+class ScoreCollator(ScoreCollatorBase):
+    """TRL's reward collator, which also carries the safety signs."""
+
+    sign_columns: tuple = ()
+
+    def torch_call(self, examples):
+        batch = super().torch_call(examples)
+        for name in self.sign_columns:
+            batch[name] = torch.tensor([float(e[name]) for e in examples], dtype=torch.float32)
+        return batch
+
+
+class CostTrainer(RewardTrainer):
+    """Safe RLHF's cost model: TRL's Bradley-Terry loss on (costlier, cheaper) plus sign terms, `losses.cost_model_loss`."""
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [c for c in SIGN_COLUMNS if c not in self._signature_columns]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        signs = [inputs.pop(name) for name in SIGN_COLUMNS]
+        _, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        costlier, cheaper = outputs.logits.squeeze(-1).float().chunk(2)
+        loss = losses.cost_model_loss(costlier, cheaper, *signs).mean()
+        correct = (torch.cat(signs) * torch.cat([costlier, cheaper]).detach() > 0).float().mean()
+        self._metrics["train" if self.model.training else "eval"]["sign_accuracy"].append(correct.item())
+        return (loss, outputs) if return_outputs else loss
+
+
+def train_scores(model, tokenizer, prompts, chosen, rejected, steps, batch_size, lr, seed, signs=None, max_length=None):
+    """Train a scalar head by Bradley-Terry (TRL's RewardTrainer); with `signs`, Safe RLHF's cost model.
+
+    For a cost model `chosen` holds the **costlier** answers and `signs` = (chosen, rejected), +1 unsafe, -1 safe.
+    TRL's RewardTrainer would drop rows longer than max_length; callers count them first. Returns the log history.
+    """
+    prompt_ids = _encode_once(encode_prompts, tokenizer, list(prompts))
+    pair = [_encode_once(encode_answers, tokenizer, list(answers)) for answers in (chosen, rejected)]
+    columns = {} if signs is None else {n: list(map(float, s)) for n, s in zip(SIGN_COLUMNS, signs, strict=True)}
+    for name, ids in zip(("chosen_ids", "rejected_ids"), pair, strict=True):
+        columns[name] = [(p + a)[:max_length] for p, a in zip(prompt_ids, ids, strict=True)]
+    args = _arguments(RewardConfig, batch_size, lr, seed, max_length=None)
+    kind, names = (RewardTrainer, ()) if signs is None else (CostTrainer, SIGN_COLUMNS)
+    trainer = kind(
+        model=model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_dict(columns),
+        data_collator=ScoreCollator(tokenizer.pad_token_id, sign_columns=names),
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    run_steps(trainer, steps, seed)
+    return trainer.state.log_history

@@ -1,0 +1,198 @@
+"""The runner, on throw-away notebooks of a few lines."""
+
+import json
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from cdpo_utils import run
+from cdpo_utils.record import METHOD_FIELDS
+
+PARAMETERS = """\
+seed: int = 0  # every random draw
+lr: float = 0.1  # step
+fast: bool = False  # a flag
+budgets: list[float] = [0.1, 0.2]  # one per constraint
+data_file: str = ""  # pairs
+"""
+SHOW = "print('<script>x</script>')\nassert isinstance(lr, float)"
+FIGURE = """\
+import base64
+picture = {"image/png": base64.b64encode(b"not really").decode()}
+display(picture, metadata={"image/png": {"alt": "cost falls to the budget"}}, raw=True)
+"""
+RECORD = """\
+from cdpo_utils.record import METHOD_FIELDS, save_record
+row = dict.fromkeys(METHOD_FIELDS) | dict(method="reference", notebook="01_first", setting="<script>", seed=seed)
+row |= dict(feedback="oracle", split="test", lam=[0.0, 1.5], cost=[0.25, 0.5], gap=100.0, reward=1.0)
+parameters = dict(seed=seed, lr=lr, fast=fast, budgets=budgets, data_file=data_file)
+save_record("01_first", parameters, [row])
+"""
+
+
+def write(path, *cells, parameters):
+    """A notebook of a title, one parameters cell and these code cells."""
+    tagged = v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    kernel = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    cells = [
+        v4.new_markdown_cell(f"# The <script>title</script> of {path.stem}"),
+        tagged,
+        *map(v4.new_code_cell, cells),
+    ]
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """A folder of two notebooks, the second with parameters for another setting."""
+    folder = tmp_path_factory.mktemp("series") / "notebooks"
+    write(folder / "01_first.ipynb", SHOW, FIGURE, RECORD, parameters=PARAMETERS)
+    write(folder / "02_second.ipynb", "assert steps == 3", parameters="steps: int = 3  # how many")
+    (folder / "params").mkdir()
+    (folder / "params" / "02_second.large.yaml").write_text("steps: 4\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(series):
+    """A complete run, some parameters from a file and some typed."""
+    out = series.parent / "runs"
+    file = series.parent / "values.yaml"
+    file.write_text("lr: 1e-5\nseed: 1\n")  # YAML 1.1 reads this lr as text
+    typed = ["-p", "fast", "true", "-p", "budgets", "[1e-3, 2]", "-p", "data_file", "pairs.jsonl"]
+    assert run.main(["--out", str(out), "--params", str(file), "--seed", "7", *typed], series) == 0
+    (folder,) = [path for path in out.iterdir() if not path.is_symlink()]
+    return folder
+
+
+def test_a_run_leaves_executed_notebooks_and_a_summary(finished):
+    executed = nbformat.read(finished / "02_second.ipynb", as_version=4)
+    assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
+    summary = json.loads((finished / "summary.json").read_text())
+    assert list(summary) == ["schema", "versions", "parameters", "methods"] and summary["schema"] == 1
+    assert summary["versions"]["papermill"]
+    (row,) = summary["methods"]
+    assert tuple(row) == METHOD_FIELDS and row["lam"] == [0.0, 1.5]
+
+
+def test_values_arrive_as_the_type_of_the_default(finished):
+    values = json.loads((finished / "summary.json").read_text())["parameters"]["01_first"]
+    here = run.Path("pairs.jsonl").absolute()  # the kernel runs elsewhere, so the path was completed
+    assert values == {"seed": 7, "lr": 1e-5, "fast": True, "budgets": [0.001, 2.0], "data_file": str(here)}
+
+
+def test_the_report_escapes_what_it_shows(finished):
+    index = (finished / "index.html").read_text()
+    page = (finished / "01_first.html").read_text()
+    assert "<script" not in index and "&lt;script&gt;title" in index and 'href="02_second.html"' in index
+    assert '<td class="number">100.00</td>' in index
+    assert "&lt;script&gt;x" in page and "<script>x" not in page
+
+
+def test_the_report_keeps_alternative_texts(finished):
+    assert 'alt="cost falls to the budget"' in (finished / "01_first.html").read_text()
+
+
+def test_a_second_run_never_overwrites_and_becomes_the_latest(finished, series, capsys, monkeypatch):
+    monkeypatch.setattr(run.time, "strftime", lambda form: finished.name)  # within the same second
+    assert finished.parent.joinpath("latest").resolve() == finished.resolve()
+    assert run.main(["--out", str(finished.parent), "--only", "02", "--no-report"], series) == 0
+    second = finished.with_name(finished.name + "-2")
+    assert finished.parent.joinpath("latest").resolve() == second.resolve()
+    assert sorted(path.name for path in second.iterdir()) == ["02_second.ipynb", "summary.json"]
+    assert "[1/1] 02_second" in capsys.readouterr().out
+
+
+def test_the_first_failing_cell_stops_the_run(series, tmp_path, capsys):
+    folder = tmp_path / "notebooks"
+    write(folder / "01_bad.ipynb", "two = 2", "\nraise ValueError(two)\n# more", parameters="a: int = 1")
+    write(folder / "02_never.ipynb", "1", parameters="a: int = 1")
+    before = dict(run.os.environ)
+    out = tmp_path / "runs"
+    assert run.main(["--out", str(out), "-p", "a", "5"], folder) == 1
+    error = capsys.readouterr().err
+    assert "01_bad.ipynb, cell 4 of 4: raise ValueError(two)\nValueError: 2\n" in error
+    (left,) = out.iterdir()  # its folder, and no `latest`
+    assert [path.name for path in left.iterdir()] == ["01_bad.ipynb"]
+    assert dict(run.os.environ) == before
+
+
+def test_a_dead_kernel_is_reported_as_such(tmp_path, capsys):
+    folder = tmp_path / "notebooks"
+    write(folder / "01_dead.ipynb", "import os\nos._exit(9)", "2", parameters="a: int = 1")
+    assert run.main(["--out", str(tmp_path)], folder) == 1
+    assert "01_dead.ipynb, cell 3 of 4: the kernel died" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-p", "sed", "3"], "unknown parameter sed: no selected notebook has it; the nearest are seed"),
+        (["--only", "02", "--seed", "3"], "unknown parameter seed"),  # only 01 has one
+        (["-p", "lr", "abc"], "parameter lr of 01_first: 'abc' is not a number"),
+        (["-p", "budgets", "3"], "parameter budgets of 01_first: 3 is not a list"),
+        (["--only", "02,07"], "--only 07: no such notebook"),
+        (["--setting", "huge"], "settings: bench, large"),
+        (["--setting", "large", "--only", "01"], "no notebook has parameters for it"),
+        (["--params", "missing.yaml"], "missing.yaml: "),
+    ],
+)
+def test_what_is_not_understood_runs_nothing(series, tmp_path, capsys, arguments, says):
+    assert run.main(["--out", str(tmp_path / "runs"), *arguments], series) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_setting_takes_the_notebooks_that_have_parameters_for_it(series, capsys):
+    chosen = run.select(series, [], "large")
+    assert [path.stem for path, _ in chosen] == ["02_second"]
+    assert "skipped 01_first" in capsys.readouterr().out
+    assert list(run.plan(chosen, {}).values()) == [{"steps": 4}]
+    assert list(run.plan(chosen, {"steps": "5"}).values()) == [{"steps": 5}]  # what was typed goes first
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "annotation", "expected"),
+    [
+        ("1e-5", 0.1, "float", 1e-5),
+        (2, 0.1, "float", 2.0),
+        ("3", 0, "int", 3),
+        ("-1", 1, "None", -1),  # no annotation: as the default
+        ("FALSE", True, "bool", False),
+        ("007", "a", "str", "007"),
+        ("None", "a", "Optional[str]", None),
+        (None, None, "Optional[float]", None),
+        ("2", None, "Optional[float]", 2.0),
+        ("[]", [0.1], "list[float]", []),
+        (["1e-3", 1], [], "list[float]", [0.001, 1.0]),
+        ("[3, 4]", [1], "None", [3, 4]),
+    ],
+)
+def test_coerce(value, default, annotation, expected):
+    got = run.coerce(value, default, annotation)
+    assert got == expected and type(got) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "annotation"),
+    [
+        ("abc", 0.1, "float"),
+        ("nan", 0.1, "float"),
+        (True, 0.1, "float"),
+        (None, 0.1, "float"),
+        (2.0, 1, "int"),
+        ("2.5", 1, "int"),
+        ("yes", True, "bool"),
+        (1, True, "bool"),
+        (2024, "a", "str"),
+        (None, "a", "str"),
+        ("[1, x]", [0.1], "list[float]"),
+        ("[1", [0.1], "list[float]"),
+    ],
+)
+def test_coerce_refuses(value, default, annotation):
+    with pytest.raises(ValueError):
+        run.coerce(value, default, annotation)

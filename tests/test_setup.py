@@ -1,0 +1,126 @@
+"""pyproject.toml, constraints.txt, environment.yml and the Makefile say the same."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+import cdpo_utils
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+REQUIREMENTS = [Requirement(text) for text in sum(EXTRAS.values(), PROJECT["dependencies"])]
+PIN_LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+PINS = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in PIN_LINES}
+ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+COMMANDS = {"jupyterlab", "nbmake", "ruff", "nbstripout"}  # run, never imported
+BY_TRANSFORMERS = {"gguf"}  # imported there, when it is given a GGUF file
+IMPORTED_AS = {"pyyaml": "yaml"}
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
+def test_every_dependency_is_pinned_within_its_range(requirement):
+    assert requirement.specifier, "a range, however wide"
+    assert PINS[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_constraints_are_versions_and_nothing_else():
+    for line in PIN_LINES:  # no hosts, hashes, files, or local builds such as +cpu
+        assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9a-z.]*", line), line
+    assert not [name for name in PINS if re.match("nvidia|triton|cuda", name)], "left to the build of torch"
+
+
+def test_the_environment_only_bootstraps():
+    assert ENVIRONMENT["channels"] == ["conda-forge", "nodefaults"]
+    *conda, pip = ENVIRONMENT["dependencies"]
+    assert [line.partition("=")[0] for line in conda] == ["python", "pip"]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(conda[0].partition("=")[2])
+    assert pip == {"pip": ["-c constraints.txt", "-e .[dev]"]}
+
+
+@pytest.mark.parametrize("file", ["pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run"])
+def test_no_index_is_prescribed(file):
+    assert not re.search(r"https?://|file:|--hash|find-links", (ROOT / file).read_text())
+
+
+@pytest.mark.parametrize("target", ["run", "test", "lab", "lint", "setup", "clean", "help"])
+def test_make_has_the_target(target):
+    assert re.search(rf"^{target}:", MAKEFILE, flags=re.M) and re.search(rf"\bmake {target}\b", MAKEFILE)
+
+
+def test_make_installs_what_the_environment_does():
+    assert 'install -c constraints.txt -e ".[dev]"' in MAKEFILE
+    assert re.search(r"^\$\(STAMP\): pyproject.toml constraints.txt$", MAKEFILE, flags=re.M)
+
+
+def test_one_version():
+    assert PROJECT["dynamic"] == ["version"]  # taken from the package
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == cdpo_utils.__version__
+    assert f"## {cdpo_utils.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def imports(source):
+    """Top-level names of the modules that a source imports."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def imported(*folders):
+    """All third-party modules imported by modules and notebooks in these folders."""
+    found = set()
+    for folder in folders:
+        for path in (ROOT / folder).glob("**/*.py"):
+            found.update(imports(path.read_text(encoding="utf-8")))
+        for path in (ROOT / folder).glob("*.ipynb"):
+            cells = nbformat.read(path, as_version=4).cells
+            found.update(name for c in cells if c.cell_type == "code" for name in imports(c.source))
+    ours = {"cdpo_utils", *(path.stem for path in ROOT.glob("*/*.py"))}
+    return found - set(sys.stdlib_module_names) - ours
+
+
+def modules(requirements):
+    """The names under which requirements are imported."""
+    names = {canonicalize_name(Requirement(text).name) for text in requirements}
+    return {IMPORTED_AS.get(name, name) for name in names}
+
+
+def test_every_dependency_is_used():
+    declared = modules(sum(EXTRAS.values(), PROJECT["dependencies"])) - COMMANDS - BY_TRANSFORMERS
+    assert declared - imported("cdpo_utils", "notebooks", "data", "tests") == set()
+
+
+def test_every_import_is_a_dependency():
+    kernel = {"IPython"}  # there in every notebook
+    assert imported("cdpo_utils", "notebooks", "data") - modules(PROJECT["dependencies"]) - kernel == set()
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make here")
+def test_make_refuses_an_old_python_in_one_line(tmp_path):
+    old = tmp_path / "old-python"
+    old.write_text("#!/bin/sh\nexit 1\n")  # what the version check makes of an interpreter before 3.11
+    old.chmod(0o755)
+    command = ["make", "-s", "setup", f"PYTHON={old}", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and done.stderr.startswith("Python 3.11 or newer is needed")
+    assert not (tmp_path / "venv").exists()
+
+
+def test_ci_runs_the_readme_command():
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert lines[-1] == "exec make test" and "set -euo pipefail" in lines
