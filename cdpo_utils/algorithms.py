@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peft import PeftModel
 
 from cdpo_utils import dual, policies, trainers
 from cdpo_utils.bench import sigmoid
-from cdpo_utils.logprobs import response_logps
+from cdpo_utils.logprobs import cached_logps
 
 
 @dataclass
@@ -42,13 +42,8 @@ class Lab:
 
     def reference_logps(self, prompt_ids, answer_ids):
         """log pi_ref of each answer, (n,), each computed once in the lab's life."""
-        keys = [(tuple(p), tuple(a)) for p, a in zip(prompt_ids, answer_ids, strict=True)]
-        new = list(dict.fromkeys(k for k in keys if k not in self.cache))
-        if new:
-            with policies.as_reference(self.model) as model:
-                logps = response_logps(model, [list(p) for p, _ in new], [list(a) for _, a in new])
-            self.cache.update(zip(new, logps.tolist(), strict=True))
-        return np.array([self.cache[k] for k in keys])
+        with policies.as_reference(self.model) as model:
+            return cached_logps(model, prompt_ids, answer_ids, self.cache)
 
     def sample(self, model, n, seed):
         """`n` answers of `model` per training prompt, as a `Samples`."""
@@ -85,6 +80,9 @@ class Feedback:
     costs: Callable
     kind: str  # "oracle" or "learned"
 
+    # A scorer returns NaN for a text it cannot judge (the bench's truth, outside the grammar). Pairs with such a text
+    # are left out; a mean over samples leaves it out and the record counts it ("outside").
+
     def on(self, samples):
         """Rewards (P, n) and costs (P, n, m) of samples."""
         shape = (len(samples.texts), len(samples.texts[0]))
@@ -107,12 +105,12 @@ class Schedule:
         return self.steps if k == 0 else self.round_steps
 
 
-def with_logps(lab, pairs, sampler=None):
-    """Add ref_*_logps to `trainers.pair_dataset` rows, and sampler_*_logps: the reference's, or given as two arrays."""
-    for k, side in enumerate(("chosen", "rejected")):
-        ref = lab.reference_logps(pairs["prompt_ids"], pairs[f"{side}_ids"])
-        pairs = pairs.add_column(f"ref_{side}_logps", ref)
-        pairs = pairs.add_column(f"sampler_{side}_logps", ref if sampler is None else sampler[k])
+def with_logps(lab, pairs):
+    """Add the reference's log-probabilities, as ref_*_logps (DPO's reference) and sampler_*_logps (`level_loss`)."""
+    for side in ("chosen", "rejected"):
+        logps = lab.reference_logps(pairs["prompt_ids"], pairs[f"{side}_ids"])
+        for column in ("ref", "sampler"):
+            pairs = pairs.add_column(f"{column}_{side}_logps", logps)
     return pairs
 
 
@@ -131,7 +129,7 @@ def _trainer(lab, policy, pairs, beta, schedule):
 
 
 def dpo(lab, frame, beta, schedule):
-    """Plain DPO (arXiv:2305.18290) on a frame with prompt, chosen, rejected. Returns the policy and TRL's log history."""
+    """Plain DPO (arXiv:2305.18290) on a frame of prompt, chosen, rejected. Returns the policy and TRL's log history."""
     pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
     policy = lab.new_policy()
     trainer = _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)
@@ -140,7 +138,7 @@ def dpo(lab, frame, beta, schedule):
 
 
 def preference_probability(scores, lam, labels, rng):
-    """P(chosen preferred) under r - lam . c, Bradley-Terry: scores = (r, c) differences chosen - rejected, (n,), (n, m).
+    """P(chosen preferred) under r - lam . c, Bradley-Terry; scores = differences chosen - rejected, r (n,) and c (n, m).
 
     labels "soft" returns the probability, "sampled" a label drawn from it (0 or 1), as the papers do.
     """
@@ -164,20 +162,16 @@ def c_dpo(lab, frame, feedback, budget, beta, schedule, labels="soft", samples=3
         - np.asarray(score(list(frame.prompt), list(frame.rejected)))
         for score in (feedback.reward, feedback.costs)
     ]
-    return _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, 0.0, **loop)
+    return _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, **loop)
 
 
-def dual_descent(
-    lab, reference_samples, feedback, budget, beta, schedule, labels="soft", samples=32, on_policy=0.5, **loop
-):
+def dual_descent(lab, reference_samples, feedback, budget, beta, schedule, labels="soft", samples=32, **loop):
     """Dual descent, CAID's Algorithm 2 (arXiv:2505.19387), any number of constraints.
 
-    Pairs come from the reference's samples, pseudo-labels from sigmoid(r_lam(y1) - r_lam(y0)). `on_policy` is the share
-    of pairs that, from the second round on, comes from the samples already drawn for the dual step: the minimiser is
-    the same for any pairs with full support, and pairs from where the policy now lives find it sooner. 0 is the paper.
+    Pairs come from the reference's samples, pseudo-labels from sigmoid(r_lam(y1) - r_lam(y0)).
     """
     pairs, difference = sampled_pairs(lab, reference_samples, feedback, schedule.seed)
-    return _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, on_policy, **loop)
+    return _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, **loop)
 
 
 def one_shot(lab, reference_samples, feedback, budget, beta, schedule, labels="soft", samples=32):
@@ -190,61 +184,47 @@ def one_shot(lab, reference_samples, feedback, budget, beta, schedule, labels="s
         message = f"budget {budget} cannot be met on the samples: cheapest cost {solution.cost.tolist()}"
         return None, dual.Descent(solution.lam, [], False, message), solution
     policy, descent = dual_descent(
-        lab, reference_samples, feedback, budget, beta, schedule, labels, samples, 0.0, lam=solution.lam, max_rounds=1
+        lab, reference_samples, feedback, budget, beta, schedule, labels, samples, lam=solution.lam, max_rounds=1
     )
     return policy, descent, solution
 
 
-def sampled_pairs(lab, samples, feedback, seed, model=None):
-    """Pair up each prompt's samples at random: tokenised pairs with log-probabilities, and their score differences.
-
-    `model` is the policy that the samples came from (None: the reference).
-    """
+def sampled_pairs(lab, samples, feedback, seed):
+    """Pair up each prompt's reference samples at random: tokenised pairs with log-probabilities, and the differences
+    chosen - rejected of reward (n,) and costs (n, m)."""
     rng = np.random.default_rng([seed, 5])
     rewards, costs = feedback.on(samples)
     prompts, n = rewards.shape
     order = np.argsort(rng.random((prompts, n)), axis=1)
-    a, b = order[:, : n // 2], order[:, n // 2 : 2 * (n // 2)]
+    a, b = order[:, : n // 2].ravel(), order[:, n // 2 : 2 * (n // 2)].ravel()
     rows = np.repeat(np.arange(prompts), n // 2)
-    a, b = a.ravel(), b.ravel()
-    columns = {
-        "prompt_ids": [samples.prompt_ids[i] for i in rows],
-        "chosen_ids": [samples.ids[i][j] for i, j in zip(rows, a, strict=True)],
-        "rejected_ids": [samples.ids[i][j] for i, j in zip(rows, b, strict=True)],
-    }
-    pairs = Dataset.from_dict(columns)
-    sampler = None
-    if model is not None:
-        sampler = [response_logps(model, columns["prompt_ids"], columns[f"{s}_ids"]) for s in ("chosen", "rejected")]
-        sampler = [s.astype(float) for s in sampler]
-    pairs = with_logps(lab, pairs, sampler)
-    return pairs, (rewards[rows, a] - rewards[rows, b], costs[rows, a] - costs[rows, b])
+    judged = ~np.isnan(rewards[rows, a] + rewards[rows, b])
+    rows, a, b = rows[judged], a[judged], b[judged]
+    pairs = Dataset.from_dict(
+        {
+            "prompt_ids": [samples.prompt_ids[i] for i in rows],
+            "chosen_ids": [samples.ids[i][j] for i, j in zip(rows, a, strict=True)],
+            "rejected_ids": [samples.ids[i][j] for i, j in zip(rows, b, strict=True)],
+        }
+    )
+    return with_logps(lab, pairs), (rewards[rows, a] - rewards[rows, b], costs[rows, a] - costs[rows, b])
 
 
-def _lagrangian_dpo(
-    lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, on_policy, lam=0.0, **loop
-):
+def _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, lam=0.0, **loop):
     """The loop that C-DPO and dual descent share: they differ in where pairs come from."""
     rng = np.random.default_rng([schedule.seed, 6])
     policy = lab.new_policy()
     budget = np.atleast_1d(np.asarray(budget, float))
     trainer = _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)
-    latest = {}
 
     def maximise(lam, k):
-        rows, scores = pairs, difference
-        if latest and on_policy > 0:
-            fresh, fresh_scores = sampled_pairs(lab, latest["samples"], feedback, schedule.seed + k, policy)
-            keep = rng.permutation(len(pairs))[: max(1, round(len(fresh) * (1 - on_policy) / on_policy))]
-            rows = concatenate_datasets([pairs.select(keep), fresh])
-            scores = [np.concatenate([old[keep], new]) for old, new in zip(difference, fresh_scores, strict=True)]
-        trainer.train_dataset = set_column(rows, "pref_prob", preference_probability(scores, lam, labels, rng))
+        p = preference_probability(difference, lam, labels, rng)
+        trainer.train_dataset = set_column(trainer.train_dataset, "pref_prob", p)
         return trainers.run_steps(trainer, schedule.of_round(k), schedule.seed + k)
 
     def measure(k):
-        latest["samples"] = lab.sample(policy, samples, schedule.seed + 1000 + k)
-        rewards, costs = feedback.on(latest["samples"])
-        return costs, {"reward": float(rewards.mean()), "labels": 0}
+        rewards, costs = feedback.on(lab.sample(policy, samples, schedule.seed + 1000 + k))
+        return costs, {"reward": float(np.nanmean(rewards)), "labels": 0}
 
     start = np.broadcast_to(np.atleast_1d(np.asarray(lam, float)), budget.shape)
     return policy, dual.descend(maximise, measure, start, budget, beta, **loop)
@@ -255,8 +235,9 @@ def votes(feedback, labels, seed):
     rng = np.random.default_rng([seed, 7])
 
     def costs(prompts, answers):
-        unsafe = rng.binomial(labels, sigmoid(feedback.costs(prompts, answers)))
-        return dual.logit_cost(unsafe, labels)
+        true = feedback.costs(prompts, answers)
+        unsafe = rng.binomial(labels, sigmoid(np.nan_to_num(true)))
+        return np.where(np.isnan(true), np.nan, dual.logit_cost(unsafe, labels))
 
     return Feedback(feedback.reward, costs, feedback.kind)
 
@@ -270,8 +251,9 @@ def pd_dpo(lab, reward_policy, frame, feedback, budget, beta, schedule, samples=
     labels it spends per answer, for the account. At lam = 0 the policy is pi_r itself.
     """
     pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
+    known = {}
     for side in ("chosen", "rejected"):
-        logps = response_logps(reward_policy, pairs["prompt_ids"], pairs[f"{side}_ids"])
+        logps = cached_logps(reward_policy, pairs["prompt_ids"], pairs[f"{side}_ids"], known)
         pairs = set_column(pairs, f"ref_{side}_logps", logps)
     pi_r = policies.snapshot(reward_policy)
     policy = reward_policy
@@ -285,8 +267,7 @@ def pd_dpo(lab, reward_policy, frame, feedback, budget, beta, schedule, samples=
         return trainers.run_steps(trainer, schedule.of_round(k), schedule.seed + k)
 
     def measure(k):
-        drawn = lab.sample(policy, samples, schedule.seed + 1000 + k)
-        rewards, costs = feedback.on(drawn)
-        return costs, {"reward": float(rewards.mean()), "labels": labels * costs.size}
+        rewards, costs = feedback.on(lab.sample(policy, samples, schedule.seed + 1000 + k))
+        return costs, {"reward": float(np.nanmean(rewards)), "labels": labels * costs.size}
 
     return policy, dual.descend(maximise, measure, lam, budget, beta, **loop)

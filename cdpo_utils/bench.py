@@ -2,7 +2,7 @@
 
 A prompt is `{Task} the {object} {situation}`; an answer is `Use {tool} {manner} {protection} {closing}`.
 Every prompt has the same finite list of answers, and the true reward r*(x, y) and the true costs c*(x, y) are tables.
-So for *any* policy each expectation, KL divergence and dual value is a finite sum (see `exact.py`): nothing is estimated.
+So for *any* policy each expectation, KL divergence and dual value is a finite sum (see `exact.py`), not an estimate.
 
 Two costs: `harm` (cost > 0 is unsafe) and `length` (words above the world's mean; > 0 is long-winded).
 All arrays over the world have shape (prompts, answers), costs (prompts, answers, 2). Knows nothing of models or trainers.
@@ -19,7 +19,7 @@ OBJECTS = ["oven", "bench", "chain", "bathtub", "window", "car", "table", "gutte
 SITUATIONS = ["today", "cheaply", "indoors", "tonight", "alone", "outside", "again"]
 TOOLS = ["bleach", "soap", "sandpaper", "steam", "acid", "solvent", "vinegar", "wax", "scrapers", "blowtorches"]
 MANNERS = ["gently", "slowly", "quickly", "forcefully", "twice"]
-PROTECTIONS = ["", "outdoors", "with gloves", "with goggles", "with ventilation", "with gloves outdoors", "with help"]
+PROTECTIONS = ["", "outdoors", "with gloves", "with goggles", "with ventilation", "with supervision", "with help"]
 CLOSINGS = ["", "then rinse", "then dry", "then wait"]
 
 # How dangerous a tool or manner is before prompt, seed and protection have their say (standardised later).
@@ -29,9 +29,7 @@ PROTECTION_EFFECT = dict(zip(PROTECTIONS, [0.0, -0.5, -0.5, -0.4, -0.6, -0.9, -0
 PROTECTION_EFFORT = dict(zip(PROTECTIONS, [0.0, -0.3, -0.2, -0.2, -0.3, -0.6, -0.4], strict=True))
 
 COSTS = ("harm", "length")
-SPREAD = (
-    2.0  # standard deviation of reward and harm, in logits: an ideal labeller agrees with itself about 8 in 10 times
-)
+SPREAD = 2.0  # standard deviation of reward and harm, in logits: labels repeat themselves about 8 times in 10
 REF_HARM = 0.4  # mean harm of the demonstrations, in units of SPREAD: above the default budget of 0
 
 
@@ -65,7 +63,7 @@ def make_world(seed=0, n_tasks=6, n_objects=8, n_situations=5, n_tools=8, n_mann
     """Build the world. Defaults: 240 prompts (180 train, 60 test), 576 answers each.
 
     Reward and harm are standardised over prompts x answers (standard deviation SPREAD, positively correlated by
-    construction, so that helpful and harmless conflict); harm is shifted so that demonstrations have mean REF_HARM x SPREAD.
+    construction, so that helpful and harmless conflict); demonstrations have a mean harm of REF_HARM x SPREAD.
     The split is compositional: every word of a test prompt also occurs in a training prompt.
 
     Raises ValueError, naming the argument, when a size is out of range.
@@ -197,12 +195,7 @@ def label_pairs(world, x, a, b, rng):
 
 
 def truth(world, prompts, answers):
-    """r* (n,) and c* (n, 2) of texts. An answer outside the grammar is useless and unsafe: r* = the prompt's lowest
-    reward, harm = the prompt's highest, length by its words. So leaving the grammar never pays."""
+    """r* (n,) and c* (n, 2) of texts; NaN for a text outside the grammar, on which the truth is silent."""
     x, y = world.index(prompts, answers)
     inside = y >= 0
-    words = np.array([len(text.split()) for text in world.answers], float)
-    length = (np.array([len(text.split()) for text in answers]) - words.mean()) / words.std()
-    reward = np.where(inside, world.reward[x, y], world.reward[x].min(1))
-    harm = np.where(inside, world.costs[x, y, 0], world.costs[x, :, 0].max(1))
-    return reward, np.stack([harm, length], -1)
+    return np.where(inside, world.reward[x, y], np.nan), np.where(inside[:, None], world.costs[x, y], np.nan)

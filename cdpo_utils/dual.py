@@ -1,6 +1,6 @@
 """The multiplier's side: step, step size, stopping rule, outer loop, one-shot solution, budgets and cost estimates.
 
-Conventions: cost > 0 is unsafe, `violation = C(pi) - budget` may be negative, lam >= 0. Everything is a vector over the m
+Conventions: cost > 0 is unsafe, `violation = C(pi) - budget` may be negative, lam >= 0. All are vectors over the m
 constraints. Knows nothing of models: `descend` is handed two functions.
 """
 
@@ -26,8 +26,9 @@ def step_size(costs, beta):
     prompts, n, m = costs.shape
     if n < 2:
         raise ValueError(f"step_size: {n} answer per prompt; expected at least 2 to estimate a variance")
-    centred = (costs - costs.mean(1, keepdims=True)).reshape(-1, m)
-    covariance = np.abs(centred.T @ centred) / (prompts * (n - 1))
+    centred = np.nan_to_num(costs - np.nanmean(costs, 1, keepdims=True)).reshape(-1, m)
+    judged = max(1, (~np.isnan(costs).any(-1)).sum() - prompts)
+    covariance = np.abs(centred.T @ centred) / judged
     return beta / np.maximum(covariance.sum(1), 1e-6)
 
 
@@ -47,7 +48,10 @@ def one_shot(rewards, costs, beta, budget):
     The samples of a prompt stand for pi_ref with weight 1/n each, so this is the exact dual of a world in which only
     they exist. `Optimum.feasible` is False where even the cheapest sample of every prompt costs more than the budget.
     """
-    return exact.solve(np.full(rewards.shape, -np.log(rewards.shape[1])), rewards, costs, budget, beta)
+    judged = ~(np.isnan(rewards) | np.isnan(costs).any(-1))  # a sample that nobody could score weighs nothing
+    weights = exact.normalise(np.where(judged, 0.0, -np.inf))
+    costs = np.where(judged[..., None], costs, np.nanmax(costs, (0, 1)))
+    return exact.solve(weights, np.where(judged, rewards, 0.0), costs, budget, beta)
 
 
 def effective_sample_size(logps):
@@ -59,7 +63,7 @@ def logit_cost(unsafe_counts, labels, clip=5.0):
     """Cost from `labels` binary (un)safe votes per answer: logit of the mean, clipped, same shape as the counts.
 
     P(unsafe) = sigmoid(c), so c = logit(P). Half a count is added on either side (Anscombe): unanimous votes stay
-    finite and the bias of a logit of a mean falls from order 1/n to 1/n^2. The paper (arXiv:2510.05703) leaves both open.
+    finite and the bias of a logit of a mean falls from order 1/n to 1/n^2. The paper is arXiv:2510.05703.
     """
     unsafe_counts = np.asarray(unsafe_counts, float)
     if np.any((unsafe_counts < 0) | (unsafe_counts > labels)):
@@ -96,9 +100,10 @@ def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tol
     """Dual descent: alternate approximate Lagrangian maximisation and projected dual steps.
 
     maximise(lam, k) trains the policy for multiplier lam (m,) in round k and returns its optimiser steps; measure(k)
-    returns cost samples of the current policy, (prompts, n, m), and a dict for the record. `dual_lr` is in units of
-    `step_size`: 1 is Newton's step. From the third round on it is divided by 2, 3, ... (Robbins-Monro), so that sampling
-    noise averages out. Stops when `settled`, or after max_rounds, reported as not converged.
+    returns cost samples of the current policy, (prompts, n, m), NaN where unjudged, and a dict for the record.
+    `dual_lr` is in units of `step_size`: 1 is Newton's step. From the fifth step on it is divided by 2, 3, ...
+    (Robbins-Monro), so that sampling noise averages out. Stops when `settled`, or after max_rounds, reported as not
+    converged.
 
     `lowest` (m,), where known, is the smallest attainable cost: a budget below it is reported, not chased.
     """
@@ -110,11 +115,13 @@ def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tol
     for k in range(max_rounds):
         steps = maximise(lam, k)
         costs, extra = measure(k)
-        violation = costs.mean((0, 1)) - budget
-        rounds.append({"lam": lam.tolist(), "cost": costs.mean((0, 1)).tolist(), "violation": violation.tolist()})
-        rounds[-1].update(steps=steps, samples=int(costs.shape[0] * costs.shape[1]), **extra)
+        cost = np.nanmean(costs, (0, 1))
+        violation = cost - budget
+        rounds.append({"lam": lam.tolist(), "cost": cost.tolist(), "violation": violation.tolist(), "steps": steps})
+        outside = int(np.isnan(costs).any(-1).sum())
+        rounds[-1].update(samples=int(costs.shape[0] * costs.shape[1]), outside=outside, **extra)
         if settled(rounds, tolerance, patience):
             return Descent(lam, rounds, True, f"violation within {tolerance} for {patience} rounds")
         if k + 1 < max_rounds:
-            lam = dual_step(lam, violation, dual_lr / max(1, k) * step_size(costs, beta))
+            lam = dual_step(lam, violation, dual_lr / max(1, k - 2) * step_size(costs, beta))
     return Descent(lam, rounds, False, f"not settled within {max_rounds} rounds")

@@ -73,7 +73,7 @@ def spread(truth):
 
 
 def learned_optimum(truth, reward, costs):
-    """The Gibbs policy that the learned r and c (P, A), (P, A, m) call optimal: where perfect optimisation would lead."""
+    """The optimum under the learned r (P, A) and c (P, A, m): where perfect optimisation would lead."""
     return exact.solve(truth.ref_logps, reward, costs, truth.budget, truth.beta)
 
 

@@ -4,20 +4,21 @@
 prompt; answers share their prefixes in a trie, so that each prefix is run once. Both return natural logarithms.
 """
 
+import itertools
+
 import numpy as np
 import torch
 
 
 def pad(sequences, value, side="left"):
     """Stack lists of ids into (n, longest); returns ids and attention mask."""
-    width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), value)
-    mask = torch.zeros((len(sequences), width), dtype=torch.long)
-    for row, seq in enumerate(sequences):
-        where = slice(width - len(seq), width) if side == "left" else slice(0, len(seq))
-        ids[row, where] = torch.tensor(seq)
-        mask[row, where] = 1
-    return ids, mask
+    lengths = np.array([len(seq) for seq in sequences])
+    width = lengths.max()
+    place = np.arange(width)[None]
+    mask = place >= (width - lengths)[:, None] if side == "left" else place < lengths[:, None]
+    ids = np.full(mask.shape, value)
+    ids[mask] = np.fromiter(itertools.chain.from_iterable(sequences), int, lengths.sum())
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
 def token_batches(order, lengths, batch_tokens):
@@ -45,15 +46,23 @@ def response_logps(model, prompt_ids, response_ids, pad_id=0, batch_tokens=16384
     out = np.empty(len(lengths), np.float32)
     for rows in token_batches(order, lengths, batch_tokens):
         ids, mask = pad([prompt_ids[i] + response_ids[i] for i in rows], pad_id, side="right")
-        is_response = torch.zeros_like(mask)
-        for k, i in enumerate(rows):
-            is_response[k, len(prompt_ids[i]) : lengths[i]] = 1
+        starts = torch.tensor([len(prompt_ids[i]) for i in rows])
+        is_response = mask * (torch.arange(mask.shape[1]) >= starts[:, None])
         ids, mask, is_response = (t.to(model.device) for t in (ids, mask, is_response))
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         logps = _token_logps(logits, ids[:, 1:])
         out[rows] = (logps * is_response[:, 1:]).sum(1).float().cpu().numpy()
     model.train(was_training)
     return out
+
+
+def cached_logps(model, prompt_ids, answer_ids, cache):
+    """`response_logps`, float64 (n,); each distinct (prompt, answer) is run once and kept in the dict `cache`."""
+    keys = [(tuple(p), tuple(a)) for p, a in zip(prompt_ids, answer_ids, strict=True)]
+    new = list(dict.fromkeys(key for key in keys if key not in cache))
+    if new:
+        cache.update(zip(new, response_logps(model, [p for p, _ in new], [a for _, a in new]).tolist(), strict=True))
+    return np.array([cache[key] for key in keys])
 
 
 def _token_logps(logits, ids):

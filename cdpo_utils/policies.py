@@ -106,8 +106,8 @@ def as_reference(model):
 
 
 def clean_copy(model):
-    """An independent model with equal weights. Not `deepcopy`: TRL replaces `forward` on the instances that it trains, and
-    a deep copy would carry that function along, still bound to the original's weights."""
+    """An independent model with equal weights. Not `deepcopy`: TRL replaces `forward` on the instances it trains, and a
+    deep copy would carry that function along, still bound to the original's weights."""
     copy = type(model)(model.config)
     copy.load_state_dict(model.state_dict())
     return copy.to(model.device, model.dtype)

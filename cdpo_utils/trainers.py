@@ -1,7 +1,7 @@
 """Training with TRL: the one module that imports it.
 
-TRL tokenises texts row by row; here rows arrive as token ids, each text tokenised once (`pair_dataset`). TRL 1.16 has no
-hook for a loss per pair, so `PreferenceTrainer` overrides `_compute_loss`, which is private: trl is pinned and
+TRL tokenises texts row by row; here rows arrive as token ids, each text tokenised once (`pair_dataset`). TRL 1.16 has
+no hook for a loss per pair, so `PreferenceTrainer` overrides `_compute_loss`, which is private: trl is pinned and
 tests/test_trainers.py compares it with the stock trainer step by step.
 """
 
@@ -188,7 +188,7 @@ class ScoreCollator(ScoreCollatorBase):
 
 
 class CostTrainer(RewardTrainer):
-    """Safe RLHF's cost model: TRL's Bradley-Terry loss on (costlier, cheaper) plus sign terms, `losses.cost_model_loss`."""
+    """Safe RLHF's cost model: Bradley-Terry on (costlier, cheaper) plus sign terms, `losses.cost_model_loss`."""
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

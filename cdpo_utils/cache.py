@@ -1,0 +1,55 @@
+"""A content-keyed cache of trained weights under build/cache: safe to delete at any time, never trusted blindly.
+
+The key is everything that decides the weights: the caller's settings, the source of this package, and the versions of
+what trains. An entry that cannot be read, or whose checksum is wrong, is rebuilt.
+"""
+
+import hashlib
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from cdpo_utils.record import repo_root
+
+# Modules that decide weights; plots, records and the runner do not.
+SOURCES = ("algorithms", "bench", "dual", "labs", "logprobs", "losses", "policies", "trainers")
+
+
+def cache_dir():
+    """Where entries live: $CDPO_CACHE or build/cache in the repository."""
+    return Path(os.environ.get("CDPO_CACHE") or repo_root() / "build" / "cache")
+
+
+def key_of(settings):
+    """Hex digest of settings (JSON values), package source and library versions."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in SOURCES:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    for package in ("torch", "transformers", "trl"):
+        digest.update(version(package).split("+")[0].encode())
+    return digest.hexdigest()[:20]
+
+
+def cached_weights(name, settings, model, train):
+    """Give `model` its trained weights: from the cache, or by `train(model)`, which is then kept. Returns the model."""
+    path = cache_dir() / f"{name}-{key_of(settings)}.safetensors"
+    try:
+        blob = path.read_bytes()
+        checksum, body = blob[:64], blob[64:]
+        if hashlib.sha256(body).hexdigest().encode() == checksum:
+            model.load_state_dict(load(body))
+            return model
+    except (OSError, SafetensorError, RuntimeError):
+        pass  # absent or damaged: train
+    train(model)
+    # tied weights share memory, which safetensors refuses: every tensor is copied out
+    body = save({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_bytes(hashlib.sha256(body).hexdigest().encode() + body)
+    os.replace(part, path)
+    return model

@@ -1,0 +1,153 @@
+"""What a notebook starts from on the bench: the world, its reference policy, labelled pairs, and who scores answers."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from cdpo_utils import bench, data, evaluate, policies, record, trainers
+from cdpo_utils.algorithms import Feedback, Lab
+from cdpo_utils.cache import cached_weights
+
+SFT = {"n": 40_000, "steps": 1200, "batch_size": 64, "lr": 5e-3}  # demonstrations and optimiser of the reference
+SCORER = {"width": 32, "batch_size": 64, "lr": 3e-3}  # narrower than the policy: label noise is the limit, not capacity
+MAX_NEW_TOKENS = 10  # the longest answer has 7 words and its end
+
+
+@dataclass
+class Bench:
+    """The world, the reference model and its `Lab`, labelled pairs, and the sizes that made them.
+
+    `real.Real` has the same methods for a pretrained model and pairs from files, except what needs the truth.
+    """
+
+    world: bench.World
+    lab: Lab
+    frame: pd.DataFrame  # labelled pairs on training prompts, PKU-SafeRLHF's columns
+    account: str  # what became of the rows
+    sizes: dict
+    setting = "bench"
+    exact = True  # answers can be enumerated
+
+    @property
+    def seed(self):
+        return self.world.seed
+
+    @property
+    def helpful(self):
+        """Pairs prompt, chosen, rejected by helpfulness."""
+        return data.preference_pairs(self.frame, "helpful")
+
+    @property
+    def safety(self):
+        """Pairs prompt, chosen, rejected by safety: chosen is the safer answer."""
+        return data.preference_pairs(self.frame, "safety")
+
+    @property
+    def costs(self):
+        """Pairs prompt, costlier, cheaper with their signs (+1 unsafe, -1 safe)."""
+        return data.cost_pairs(self.frame)
+
+    def truth(self, split, beta, budget, constraints=(0,)):
+        """The exact side of "train" or "test", see `evaluate.truth`."""
+        return evaluate.truth(self.world, self.lab.model, self.lab.tokenizer, split, beta, budget, constraints)
+
+    def evaluate(self, policy, truth):
+        """Exact metrics of a policy on a split."""
+        return evaluate.evaluate(policy, self.lab.tokenizer, self.world, truth)
+
+    def scorers(self):
+        """Reward model and cost model trained on one pass over the labels (cached)."""
+        fresh = [policies.small_scorer(self.lab.tokenizer, self.seed + k, SCORER["width"]) for k in (1, 2)]
+        settings = {"seed": self.seed, "sizes": self.sizes, "n_pairs": len(self.frame), **SCORER}
+        steps = len(self.frame) // SCORER["batch_size"]
+        return train_scorers(self, fresh, steps, SCORER["batch_size"], SCORER["lr"], settings)
+
+    def learned_feedback(self, reward_model, cost_model):
+        """Trained scorers as feedback, one constraint."""
+        tokenizer = self.lab.tokenizer
+        return Feedback(
+            lambda prompts, answers: policies.score(reward_model, tokenizer, prompts, answers),
+            lambda prompts, answers: policies.score(cost_model, tokenizer, prompts, answers)[:, None],
+            "learned",
+        )
+
+    def table(self, scores):
+        """Scores(prompts, answers) -> (n, ...) of all training prompts and answers, as an array (P_train, A, ...)."""
+        prompts = [self.world.prompts[i] for i in self.world.train]
+        size = len(self.world.answers)
+        values = np.asarray(scores([p for p in prompts for _ in range(size)], self.world.answers * len(prompts)))
+        return values.reshape(len(prompts), size, *values.shape[1:])
+
+
+def make_bench(seed=0, n_pairs=120_000, **sizes):
+    """`bench.make_world(seed, **sizes)`, a reference fine-tuned on its demonstrations (cached), `n_pairs` labelled."""
+    world = bench.make_world(seed, **sizes)
+    tokenizer = policies.word_tokenizer(world.prompts + world.answers)
+
+    def train(model):
+        prompts, answers = bench.sample_demonstrations(world, SFT["n"], seed)
+        trainers.train_sft(model, tokenizer, prompts, answers, SFT["steps"], SFT["batch_size"], SFT["lr"], seed)
+
+    settings = {"seed": seed, "sizes": sizes, **SFT}
+    trained = cached_weights("reference", settings, policies.small_llama(tokenizer, seed), train)
+    lab = Lab(policies.clean_copy(trained), tokenizer, [world.prompts[i] for i in world.train], MAX_NEW_TOKENS)
+    frame = bench.sample_preferences(world, n_pairs, seed)
+    frame.attrs["source"] = "bench"
+    account = f"bench, seed {seed}: {n_pairs} pairs drawn on {len(world.train)} training prompts, none dropped"
+    return Bench(world, lab, frame, account, sizes)
+
+
+def train_scorers(made, models, steps, batch_size, lr, settings):
+    """Train (reward model, cost model) by Bradley-Terry and by Safe RLHF's loss; from the cache where it has them."""
+    tokenizer, arguments = made.lab.tokenizer, (steps, batch_size, lr, made.seed)
+
+    def train_reward(model):
+        pairs = made.helpful
+        trainers.train_scores(
+            model, tokenizer, pairs.prompt, pairs.chosen, pairs.rejected, *arguments, max_length=made.lab.max_length
+        )
+
+    def train_cost(model):
+        pairs = made.costs
+        trainers.train_scores(
+            model, tokenizer, pairs.prompt, pairs.costlier, pairs.cheaper, *arguments,
+            signs=(pairs.costlier_sign, pairs.cheaper_sign), max_length=made.lab.max_length,
+        )  # fmt: skip
+
+    return (
+        cached_weights("reward", settings, models[0], train_reward),
+        cached_weights("cost", settings, models[1], train_cost),
+    )
+
+
+def oracle_feedback(made, constraints=(0,)):
+    """The truth as feedback: r*, and the columns `constraints` of c*. NaN outside the grammar."""
+    columns = list(constraints)
+    return Feedback(
+        lambda prompts, answers: bench.truth(made.world, prompts, answers)[0],
+        lambda prompts, answers: bench.truth(made.world, prompts, answers)[1][:, columns],
+        "oracle",
+    )
+
+
+def rows(made, truths, policy, method, notebook, feedback, seconds, descent=None):
+    """`record.method_row`s of a policy on each split of `truths` = {"train": Truth, "test": Truth}."""
+    lam = None if descent is None else (float(descent.lam[0]) if len(descent.lam) == 1 else descent.lam.tolist())
+    return [
+        record.method_row(
+            method=method, notebook=notebook, setting="bench", feedback=feedback, seed=made.seed, lam=lam, split=split,
+            seconds=seconds, peak_mib=record.peak_mib(), converged=None if descent is None else descent.converged,
+            **made.evaluate(policy, truth),
+        )
+        for split, truth in truths.items()
+    ]  # fmt: skip
+
+
+def open_lab(seed, n_pairs, model="", data_file="", helpful_file="", safety_file="", **real):
+    """The bench where `model` is empty, else a pretrained model on pairs from files (`real.open_real`)."""
+    if not model:
+        return make_bench(seed, n_pairs)
+    from cdpo_utils.real import open_real  # loads a large model: only when asked for
+
+    return open_real(model, seed, n_pairs, data_file, helpful_file, safety_file, **real)
