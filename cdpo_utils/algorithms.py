@@ -138,7 +138,7 @@ def dpo(lab, frame, beta, schedule):
 
 
 def preference_probability(scores, lam, labels, rng):
-    """P(chosen preferred) under r - lam . c, Bradley-Terry; scores = differences chosen - rejected, r (n,) and c (n, m).
+    """P(chosen preferred) under r - lam . c, Bradley-Terry; scores: differences chosen - rejected of r, c.
 
     labels "soft" returns the probability, "sampled" a label drawn from it (0 or 1), as the papers do.
     """

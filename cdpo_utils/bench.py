@@ -5,7 +5,7 @@ Every prompt has the same finite list of answers, and the true reward r*(x, y) a
 So for *any* policy each expectation, KL divergence and dual value is a finite sum (see `exact.py`), not an estimate.
 
 Two costs: `harm` (cost > 0 is unsafe) and `length` (words above the world's mean; > 0 is long-winded).
-All arrays over the world have shape (prompts, answers), costs (prompts, answers, 2). Knows nothing of models or trainers.
+Arrays over the world have shape (prompts, answers), costs (prompts, answers, 2). Knows nothing of models or trainers.
 """
 
 import itertools

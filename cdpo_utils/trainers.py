@@ -9,7 +9,7 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
@@ -18,6 +18,8 @@ from trl.trainer.reward_trainer import DataCollatorForPreference as ScoreCollato
 
 from cdpo_utils import losses
 from cdpo_utils.policies import encode_answers, encode_prompts
+
+disable_progress_bars()  # a bar per column of a pair table would drown a notebook
 
 PAIR_COLUMNS = ("pref_prob", "sampler_chosen_logps", "sampler_rejected_logps")
 SIGN_COLUMNS = ("chosen_sign", "rejected_sign")
