@@ -144,10 +144,10 @@ def rows(made, truths, policy, method, notebook, feedback, seconds, descent=None
     ]  # fmt: skip
 
 
-def open_lab(seed, n_pairs, model="", data_file="", helpful_file="", safety_file="", **real):
+def open_lab(seed, n_pairs, n_objects=8, n_tools=8, model="", data_file="", helpful_file="", safety_file="", **real):
     """The bench where `model` is empty, else a pretrained model on pairs from files (`real.open_real`)."""
     if not model:
-        return make_bench(seed, n_pairs)
+        return make_bench(seed, n_pairs, n_objects=n_objects, n_tools=n_tools)
     from cdpo_utils.real import open_real  # loads a large model: only when asked for
 
     return open_real(model, seed, n_pairs, data_file, helpful_file, safety_file, **real)
