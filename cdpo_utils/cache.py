@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from cdpo_utils.record import repo_root
 
 # Modules that decide weights; plots, records and the runner do not.
-SOURCES = ("algorithms", "bench", "dual", "labs", "logprobs", "losses", "policies", "trainers")
+SOURCES = ("bench", "data", "labs", "losses", "policies", "trainers")
 
 
 def cache_dir():
