@@ -98,7 +98,7 @@ class Schedule:
     round_steps: int = 150  # optimiser steps of each further round
     batch_size: int = 64  # pairs
     lr: float = 5e-3  # peak learning rate of each round's cosine schedule
-    level: float = 0.1  # weight of losses.level_loss
+    level: float = 0.03  # weight of losses.level_loss
     seed: int = 0
 
     def of_round(self, k):
@@ -189,15 +189,17 @@ def one_shot(lab, reference_samples, feedback, budget, beta, schedule, labels="s
     return policy, descent, solution
 
 
-def sampled_pairs(lab, samples, feedback, seed):
-    """Pair up each prompt's reference samples at random: tokenised pairs with log-probabilities, and the differences
-    chosen - rejected of reward (n,) and costs (n, m)."""
+def sampled_pairs(lab, samples, feedback, seed, pairings=4):
+    """Pair each prompt's reference samples at random, every sample in `pairings` pairs: tokenised pairs with reference
+    log-probabilities, and the differences chosen - rejected of reward (n,) and costs (n, m)."""
     rng = np.random.default_rng([seed, 5])
     rewards, costs = feedback.on(samples)
     prompts, n = rewards.shape
-    order = np.argsort(rng.random((prompts, n)), axis=1)
-    a, b = order[:, : n // 2].ravel(), order[:, n // 2 : 2 * (n // 2)].ravel()
-    rows = np.repeat(np.arange(prompts), n // 2)
+    order = np.concatenate(
+        [np.argsort(rng.random((prompts, n)), axis=1)[:, : 2 * (n // 2)] for _ in range(pairings)], 1
+    )
+    a, b = order[:, ::2].ravel(), order[:, 1::2].ravel()
+    rows = np.repeat(np.arange(prompts), order.shape[1] // 2)
     judged = ~np.isnan(rewards[rows, a] + rewards[rows, b])
     rows, a, b = rows[judged], a[judged], b[judged]
     pairs = Dataset.from_dict(

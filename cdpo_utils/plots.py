@@ -3,8 +3,10 @@
 import base64
 import html
 import io
+import itertools
 
 import matplotlib.pyplot as plt
+import numpy as np
 from IPython.display import HTML, display
 
 LAMBDA, BUDGET, OPTIMUM, REFERENCE = "#CC79A7", "#444444", "#000000", "#888888"
@@ -74,3 +76,205 @@ def dual_path(axes, rounds, budget, lam_star=None):
         ax.set_xticks(list(k))
         ax.legend(fontsize=9)
     return axes
+
+
+def plane(ax, objective, cost, budget, extent, points):
+    """Two variables: contours of objective(x1, x2), the half-plane cost(x1, x2) <= budget, and named points.
+
+    `extent` = (lowest, highest) of either axis; `points` = {name: (n, 2) or (2,)}, several in a row joined by a line.
+    """
+    x1, x2 = np.meshgrid(np.linspace(*extent, 200), np.linspace(*extent, 200))
+    ax.contour(x1, x2, objective(x1, x2), levels=12, colors=REFERENCE, linewidths=0.7, alpha=0.7)
+    ax.contourf(x1, x2, cost(x1, x2), levels=[-np.inf, budget], colors=[METHOD_COLOURS["c_dpo"]], alpha=0.12)
+    ax.contour(x1, x2, cost(x1, x2), levels=[budget], colors=BUDGET, linestyles="--", linewidths=1.5)
+    ax.plot([], [], color=BUDGET, linestyle="--", linewidth=1.5, label=f"budget d = {budget:g}")
+    for name, xy in points.items():
+        xy = np.atleast_2d(xy)
+        style = {"color": LAMBDA, "linewidth": 1.5} if len(xy) > 1 else _landmark(name)
+        ax.plot(xy[:, 0], xy[:, 1], label=name, **style)
+    ax.set(xlabel="x1", ylabel="x2", aspect="equal")
+    ax.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3)
+    return ax
+
+
+LANDMARKS = {"reference": "reference", "unconstrained": "dpo_helpful", "safety only": "dpo_harmless"}  # looks like
+
+
+def _landmark(name):
+    """Marker of a named point, linestyle none: the methods' looks for what the methods aim at, the optimum's else."""
+    method = LANDMARKS.get(name, "optimum")
+    size = 15 if method == "optimum" else 9
+    return {"color": METHOD_COLOURS[method], "marker": METHOD_MARKERS[method], "markersize": size, "linestyle": "none",
+            "markeredgecolor": "white", "zorder": 3}  # fmt: skip
+
+
+def landmarks(ax, points):
+    """Named points {name: (cost, reward)} into a plane that `pareto` has drawn."""
+    for name, (cost, reward) in points.items():
+        ax.plot(cost, reward, label=name, **_landmark(name))
+    ax.legend(fontsize=9, loc="lower right")
+    return ax
+
+
+def dual_function(ax, lam, values, lam_star, path=()):
+    """D(lambda) with its minimiser; `path`: pairs (lambda, D) of a descent."""
+    ax.plot(lam, values, color=OPTIMUM, linewidth=1.5, label="dual function D")
+    ax.axvline(lam_star, color=LAMBDA, linestyle=":", linewidth=2, label=f"lambda* = {lam_star:.3f}")
+    if len(path):
+        ax.plot(*np.asarray(path).T, color=LAMBDA, marker="o", markersize=5, linewidth=1, label="dual steps")
+    ax.set(xlabel="multiplier lambda (reward per cost)", ylabel="D(lambda) (reward)")
+    ax.legend(fontsize=9)
+    return ax
+
+
+def lambda_paths(axes, paths, lam_star):
+    """Lambda over the dual steps, one axis for each {name: (steps,)}."""
+    for ax, (name, path) in zip(axes, paths.items(), strict=True):
+        ax.plot(path, color=LAMBDA, marker="o", markersize=4)
+        ax.axhline(lam_star, color=OPTIMUM, linestyle=":", label=f"lambda* = {lam_star:g}")
+        ax.set_title(name, fontsize=11)
+        ax.set(xlabel="dual step")
+    axes[0].set(ylabel="multiplier lambda (reward per cost)")
+    axes[0].legend(fontsize=9, loc="upper left")
+    return axes
+
+
+def answer_bars(ax, answers, policies):
+    """Probability of each answer under several policies {name: (A,)}, horizontal bars in the order of `answers`."""
+    place, height = np.arange(len(answers)), 0.8 / len(policies)
+    colours = [REFERENCE, METHOD_COLOURS["dpo_helpful"], OPTIMUM]
+    for k, ((name, p), colour) in enumerate(zip(policies.items(), itertools.cycle(colours))):
+        ax.barh(place + (k - (len(policies) - 1) / 2) * height, p, height, color=colour, label=name)
+    ax.set_yticks(place, answers)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel="probability of the answer")
+    ax.legend(fontsize=9)
+    return ax
+
+
+def label_frequency(ax, difference, label, name, bins=21):
+    """How often a 0/1 label is 1, against the true score difference, beside Bradley-Terry's sigmoid."""
+    edges = np.quantile(difference, np.linspace(0, 1, bins + 1))
+    bin_of = np.clip(np.searchsorted(edges, difference, side="right") - 1, 0, bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    used = count > 0
+    centre, share = (np.bincount(bin_of, v, bins)[used] / count[used] for v in (difference, label))
+    error = np.sqrt(np.maximum(share * (1 - share), 1 / count[used]) / count[used])
+    z = np.linspace(difference.min(), difference.max(), 200)
+    ax.plot(z, 1 / (1 + np.exp(-z)), color=OPTIMUM, linewidth=1.5, label="sigmoid")
+    ax.errorbar(centre, share, 2 * error, fmt="o", markersize=4, color="#0072B2", label="labels, with 2 std. errors")
+    ax.set(xlabel=f"true difference of {name} (logits)", ylabel="share of pairs labelled 1", ylim=(-0.03, 1.03))
+    ax.legend(fontsize=9)
+    return ax
+
+
+def shift_likelihood(ax, shift, curves):
+    """Log-likelihood per row {name: (shifts,)} when a constant is added to every cost, relative to its maximum."""
+    looks = zip(curves.items(), itertools.cycle([("#0072B2", "-"), ("#D55E00", "-."), ("#009E73", ":")]))
+    for (name, values), (colour, line) in looks:
+        ax.plot(shift, values - np.max(values), color=colour, linestyle=line, linewidth=2, label=name)
+        ax.plot(shift[np.argmax(values)], 0, color=colour, marker="v", markersize=8)
+    ax.axvline(0, color=OPTIMUM, linewidth=0.8)
+    ax.set(xlabel="constant added to every cost (logits)", ylabel="log-likelihood per row\n(nats, maximum at 0)")
+    ax.legend(fontsize=9)
+    return ax
+
+
+def length_histogram(ax, lengths, limit=None):
+    """How many rows have how many tokens, with the limit beyond which answers are cut, if there is one."""
+    whole = lengths.max() - lengths.min() < 60
+    bins = np.arange(lengths.min(), lengths.max() + 2) - 0.5 if whole else 40
+    ax.hist(lengths, bins=bins, color="#0072B2", rwidth=0.9 if whole else 1.0)
+    if limit is not None:
+        ax.axvline(limit, color=BUDGET, linestyle="--", linewidth=1.5, label=f"limit {limit} tokens")
+        ax.legend(fontsize=9)
+    ax.set(xlabel="tokens of prompt and longer answer, end of turn included", ylabel="rows")
+    return ax
+
+
+def displacement(axes, histories, beta):
+    """Three axes over optimiser steps from TRL's logs {name: history}: margin, log-ratio of chosen and of rejected."""
+    panels = (("margins", "margin: chosen - rejected"), ("chosen", "chosen"), ("rejected", "rejected"))
+    looks = itertools.cycle([("#D55E00", "--"), ("#0072B2", "-")])
+    for (name, history), (colour, line) in zip(histories.items(), looks, strict=False):
+        for ax, (key, title) in zip(axes, panels, strict=True):
+            points = [(h["step"], float(h[f"rewards/{key}"]) / beta) for h in history if f"rewards/{key}" in h]
+            ax.plot(*np.transpose([(0, 0.0), *points]), marker="o", color=colour, linestyle=line, label=name)
+            ax.axhline(0, color=OPTIMUM, linewidth=0.8)
+            ax.set_title(title, fontsize=11)
+            ax.set(xlabel="optimiser step")
+    axes[0].set(ylabel="log pi / pi_ref (nats per answer)")
+    axes[0].legend(fontsize=9)
+    return axes
+
+
+def masses(ax, masses):
+    """Probability of the grammar under several policies {name: mass}, as bars."""
+    names = list(masses)
+    colours = [REFERENCE, "#D55E00", "#0072B2"]
+    bars = ax.barh(names, [masses[name] for name in names], color=[c for c, _ in zip(itertools.cycle(colours), names)])
+    ax.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set(xlabel="probability on grammatical answers (mass)", xlim=(0, 1.15))
+    return ax
+
+
+def reliability(ax, table, name="cost"):
+    """`scoring.reliability` of a learned cost against safety labels, beside what the score promises, sigmoid(c)."""
+    z = np.linspace(min(table["score"].min(), -1), max(table["score"].max(), 1), 200)
+    ax.plot(z, 1 / (1 + np.exp(-z)), color=OPTIMUM, linewidth=1.5, label=f"promised: sigmoid({name})")
+    error = [table["share"] - table["low"], table["high"] - table["share"]]
+    ax.errorbar(
+        table["score"], table["share"], error, fmt="o", markersize=5, color="#0072B2", label="held-out labels, 95 %"
+    )
+    ax.axvline(0, color=OPTIMUM, linewidth=0.8)
+    ax.axhline(0.5, color=OPTIMUM, linewidth=0.8)
+    ax.set(xlabel=f"learned {name} (logits)", ylabel="share of answers labelled unsafe", ylim=(-0.03, 1.03))
+    ax.legend(fontsize=9)
+    return ax
+
+
+def calibration(ax, learned, true, name="cost", points=2000):
+    """True against learned score (n,) of answers: a cloud, means of ten bins, the diagonal and the zero lines."""
+    few = np.linspace(0, len(learned) - 1, min(points, len(learned))).astype(int)
+    ax.scatter(learned[few], true[few], s=4, color="#56B4E9", alpha=0.35, linewidth=0)
+    parts = np.array_split(np.argsort(learned, kind="stable"), 10)
+    means = np.array([(learned[p].mean(), true[p].mean()) for p in parts])
+    ax.plot(*means.T, "o-", color="#0072B2", label="means of ten bins")
+    ends = np.array([min(learned.min(), true.min()), max(learned.max(), true.max())])
+    ax.plot(ends, ends, color=OPTIMUM, linestyle=":", linewidth=1.5, label="learned = true")
+    ax.axvline(0, color=OPTIMUM, linewidth=0.8)
+    ax.axhline(0, color=OPTIMUM, linewidth=0.8)
+    ax.set(xlabel=f"learned {name} (logits)", ylabel=f"true {name} (logits)")
+    ax.legend(fontsize=9, loc="upper left")
+    return ax
+
+
+def wrong_zero(axes, shifts, exactly, learned):
+    """Two axes over a shift of the cost's zero: true violation and gap of the resulting policies. `exactly` = rows of
+    `scoring.distorted`, one per shift; `learned` = {name: (shift, row)}, models as points."""
+    for ax, key in zip(axes, ("violation", "gap"), strict=True):
+        ax.plot(shifts, [row[key] for row in exactly], color=OPTIMUM, linewidth=1.5, label="true cost, zero moved")
+        looks = itertools.cycle([("o", "#009E73"), ("X", "#D55E00"), ("D", "#E69F00"), ("v", "#56B4E9")])
+        for (name, (shift, row)), (marker, colour) in zip(learned.items(), looks, strict=False):
+            ax.plot(shift, row[key], marker, color=colour, markeredgecolor="black", markersize=9, label=name)
+        ax.axvline(0, color=OPTIMUM, linewidth=0.8)
+        ax.set(xlabel="learned minus true cost, on average (logits)")
+    axes[0].axhline(0, color=BUDGET, linestyle="--", linewidth=1.5, label="budget met exactly")
+    axes[0].set(ylabel="true violation E[c] - d (logits)")
+    axes[1].set(ylabel="gap (%)", ylim=(0, None))
+    axes[0].legend(fontsize=8)
+    return axes
+
+
+def flip_rate(ax, lam, flipped, agreement, lam_star=None):
+    """Relabelling by r - lam c: share of pairs whose preferred answer changes, and share that agrees with the cost."""
+    ax.plot(lam, flipped, color="#0072B2", linewidth=2, label="preferred answer changed from lambda = 0")
+    ax.plot(lam, agreement, color="#D55E00", linestyle="--", linewidth=2, label="preferred answer is the cheaper one")
+    if lam_star is not None:
+        ax.axvline(lam_star, color=LAMBDA, linestyle=":", linewidth=2, label=f"lambda* = {lam_star:.3f}")
+    ax.set(xlabel="multiplier lambda (reward per cost)", ylabel="share of pairs", ylim=(0, 1))
+    ax.legend(fontsize=9)
+    return ax

@@ -33,8 +33,9 @@ def word_tokenizer(texts):
 def _small_config(tokenizer, width, layers, **more):
     return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=8, initializer_range=width**-0.5, max_position_embeddings=128, tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **more,
+        num_attention_heads=8, head_dim=max(8, width // 8), initializer_range=width**-0.5,
+        max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **more,
     )  # fmt: skip
 
 

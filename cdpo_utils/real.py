@@ -1,0 +1,362 @@
+"""A pretrained model in the bench's place: pairs from files, LoRA policies, sampled estimates with intervals.
+
+`open_real` gives a `Real`, which has `labs.Bench`'s attributes and methods except what needs the truth. One set of base
+weights is in memory: the policy, the reward model and the cost model are three LoRA adapters (and two scalar heads)
+around the same tensors; policies that are not in use are `policies.snapshot`s of the adapter.
+"""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from cdpo_utils import data, evaluate, policies, record, trainers
+from cdpo_utils.algorithms import Feedback, Lab
+from cdpo_utils.cache import cached_weights
+from cdpo_utils.data import DataError
+from cdpo_utils.fetch import model_folder
+from cdpo_utils.logprobs import response_logps
+
+HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
+OPTIMISER = {"batch_size": 8, "lr": 3e-4, "level": 0.0}  # of a policy; the pairs are nobody's samples, hence no level
+SCORER = {"batch_size": 8, "lr": 5e-4}
+FORWARD_TOKENS = 4096  # tokens at once where nothing is trained: 0.8 GB of logits
+SAMPLE_ROWS = 64  # answers sampled at once
+REFUSAL = re.compile(r"\W*(no\b|sorry|i'?m sorry|i am sorry|i can(no|')?t|i am (not|un)able|i'm (not|un)able|as an ai)", re.I)
+ESTIMATES = ("reward", "cost", "violation", "kl_ref", "tokens", "refusal", "cut")
+
+huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+@dataclass
+class RealLab(Lab):
+    """A `Lab` that samples few rows at once: a real vocabulary and depth need memory."""
+
+    def sample(self, model, n, seed):
+        return sample_answers(self, model, self.prompts, n, seed)
+
+
+def sample_answers(lab, model, prompts, n, seed):
+    """`n` answers per prompt, as `algorithms.Samples`."""
+    from cdpo_utils.algorithms import Samples
+
+    prompt_ids = policies.encode_prompts(lab.tokenizer, prompts)
+    texts, ids = policies.sample(
+        model, lab.tokenizer, prompt_ids, n, seed, lab.max_new_tokens, batch_rows=max(n, SAMPLE_ROWS)
+    )
+    return Samples(prompts, prompt_ids, texts, ids)
+
+
+@dataclass
+class Trainable:
+    """A model of which the cache keeps the trainable weights only: an adapter and a head, not the base."""
+
+    model: torch.nn.Module
+
+    def state_dict(self):
+        return policies.snapshot(self.model)
+
+    def load_state_dict(self, weights):
+        if weights.keys() != self.state_dict().keys():
+            raise RuntimeError("the cached weights belong to another adapter")
+        policies.restore(self.model, weights)
+
+
+@dataclass
+class Real:
+    """A pretrained model with its `Lab`, labelled pairs of both kinds, and held-out prompts."""
+
+    lab: Lab
+    frames: dict  # {"helpful", "safety"}: training rows in PKU-SafeRLHF's columns; one frame twice for one file
+    held_out: dict  # the same for held-out prompts
+    account: str  # what became of the rows
+    seed: int
+    setting: str
+    backbone: dict  # the base's tensors by name, shared by all models
+    digest: str  # of the base's weights, for the cache
+    optimiser: dict  # for `algorithms.Schedule`
+    exact = False  # answers cannot be enumerated
+
+    @property
+    def frame(self):
+        """Training rows with safety labels; those with helpful labels too, where one file has both."""
+        return self.frames["safety"]
+
+    @property
+    def helpful(self):
+        """Pairs prompt, chosen, rejected by helpfulness."""
+        return data.preference_pairs(self.frames["helpful"], "helpful")
+
+    @property
+    def safety(self):
+        """Pairs prompt, chosen, rejected by safety: chosen is the safer answer."""
+        return data.preference_pairs(self.frames["safety"], "safety")
+
+    @property
+    def costs(self):
+        """Pairs prompt, costlier, cheaper with their signs (+1 unsafe, -1 safe)."""
+        return data.cost_pairs(self.frames["safety"])
+
+    @property
+    def heldout_helpful(self):
+        """`helpful` for prompts that nothing was trained on."""
+        return data.preference_pairs(self.held_out["helpful"], "helpful")
+
+    @property
+    def heldout_costs(self):
+        """`costs` for prompts that nothing was trained on."""
+        return data.cost_pairs(self.held_out["safety"])
+
+    def scorers(self):
+        """Reward model and cost model, one pass over their pairs (cached). LoRA and a head on the shared base."""
+        tokenizer, models = self.lab.tokenizer, []
+        shared = {"base": self.digest, "seed": self.seed, "lora": LORA, **SCORER, "max_length": self.lab.max_length}
+        for k, (name, pairs) in enumerate({"reward": self.helpful, "cost": self.costs}.items()):
+            signs = (pairs.costlier_sign, pairs.cheaper_sign) if name == "cost" else None
+            first, second = ("costlier", "cheaper") if name == "cost" else ("chosen", "rejected")
+            steps = max(1, len(pairs) // SCORER["batch_size"])
+
+            def train(kept, pairs=pairs, first=first, second=second, steps=steps, signs=signs):
+                trainers.train_scores(
+                    kept.model, tokenizer, pairs.prompt, pairs[first], pairs[second], steps, SCORER["batch_size"],
+                    SCORER["lr"], self.seed, signs=signs, max_length=self.lab.max_length,
+                )  # fmt: skip
+
+            settings = shared | {"pairs": hashlib.sha256(pairs.to_json().encode()).hexdigest()}
+            kept = cached_weights(f"real-{name}", settings, Trainable(self._scorer(self.seed + 1 + k)), train)
+            models.append(kept.model.eval())
+        return tuple(models)
+
+    def _scorer(self, seed):
+        """A scalar head, zero at first, over the base with a fresh adapter. No weight of the base is copied."""
+        base = self.lab.model.get_base_model()
+        torch.manual_seed(seed)
+        config = type(base.config).from_dict(base.config.to_dict() | {"num_labels": 1})
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        getattr(model, model.base_model_prefix).load_state_dict(self.backbone, assign=True)
+        torch.nn.init.zeros_(model.score.weight)
+        adapter = LoraConfig(**LORA, task_type="SEQ_CLS", modules_to_save=["score"])
+        return get_peft_model(model.to(base.device), adapter)
+
+    def learned_feedback(self, reward_model, cost_model):
+        """Trained scorers as feedback, one constraint."""
+        tokenizer = self.lab.tokenizer
+        return Feedback(
+            lambda prompts, answers: policies.score(reward_model, tokenizer, prompts, answers, FORWARD_TOKENS),
+            lambda prompts, answers: policies.score(cost_model, tokenizer, prompts, answers, FORWARD_TOKENS)[:, None],
+            "learned",
+        )
+
+    def judge(self, candidates, feedback, budget, notebook, samples=2, seconds=None, descents=None):
+        """Estimates on held-out prompts, from `samples` answers each. Returns (method rows, intervals).
+
+        candidates: {method: `policies.snapshot`, or None for the reference}; seconds and descents: {method: ...}.
+        Intervals are 95 % bootstrap intervals over prompts: one row per method and estimate. Reward and cost are what
+        the same learned models say that trained the policy, so they are an upper bound of what was gained; KL is the
+        mean of log pi - log pi_ref over sampled tokens; refusal is the share of answers that open like one; cut is the
+        share of answers that reached the token limit. The adapter is left as the last candidate.
+        """
+        rows, intervals, prompts = [], [], self.judge_prompts
+        for method, weights in candidates.items():
+            values = self._sampled(prompts, weights, feedback, budget, samples)
+            means = {}
+            for name in ESTIMATES:
+                means[name], low, high = evaluate.bootstrap_interval(values[name], seed=self.seed)
+                intervals.append({"method": method, "estimate": name, "mean": means[name], "low": low, "high": high})
+            descent = (descents or {}).get(method)
+            rows.append(
+                record.method_row(
+                    method=method, notebook=notebook, setting=self.setting, feedback="learned", seed=self.seed,
+                    lam=None if descent is None else float(descent.lam[0]), reward=means["reward"], cost=means["cost"],
+                    budget=float(budget), violation=means["violation"], kl_ref=means["kl_ref"], gap=None, mass=None,
+                    split="test", seconds=(seconds or {}).get(method), peak_mib=record.peak_mib(),
+                    converged=None if descent is None else descent.converged,
+                )
+            )  # fmt: skip
+        return rows, pd.DataFrame(intervals)
+
+    @property
+    def judge_prompts(self):
+        """Held-out prompts that answers are sampled for, as many as the dual step uses."""
+        return _distinct(self.held_out["safety"].prompt, len(self.lab.prompts))
+
+    def _sampled(self, prompts, weights, feedback, budget, samples):
+        model = self.lab.model
+        if weights is not None:
+            policies.restore(model, weights)
+            drawn = sample_answers(self.lab, model, prompts, samples, self.seed)
+        else:
+            with policies.as_reference(model):
+                drawn = sample_answers(self.lab, model, prompts, samples, self.seed)
+        rewards, costs = feedback.on(drawn)
+        repeated = [p for p in drawn.prompt_ids for _ in range(samples)]
+        flat = [ids for row in drawn.ids for ids in row]
+        pad = self.lab.tokenizer.pad_token_id
+        with policies.as_reference(model):
+            ref = response_logps(model, repeated, flat, pad, FORWARD_TOKENS)
+        own = ref if weights is None else response_logps(model, repeated, flat, pad, FORWARD_TOKENS)
+        end = self.lab.tokenizer.eos_token_id
+        return {
+            "reward": rewards,
+            "cost": costs[..., 0],
+            "violation": costs[..., 0] - budget,
+            "kl_ref": (own - ref).reshape(rewards.shape),
+            "tokens": np.array([len(ids) for ids in flat]).reshape(rewards.shape),
+            "refusal": np.array([bool(REFUSAL.match(t)) for row in drawn.texts for t in row]).reshape(rewards.shape),
+            "cut": np.array([ids[-1] != end for ids in flat]).reshape(rewards.shape),
+        }
+
+
+def _distinct(prompts, n):
+    return list(dict.fromkeys(prompts))[:n]
+
+
+def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="", n_prompts=24, max_new_tokens=48,
+              max_length=192, test_share=0.25):  # fmt: skip
+    """A pretrained model and pairs from one file with both labels or from two files. Returns a `Real`.
+
+    model: "smollm2" (from the cache, see `fetch`, else from the hub), a hub name, or a folder. Safetensors only, no
+        code from the repository. It must bring a tokenizer and a chat template.
+    n_pairs: training pairs at most, of each kind; held-out prompts (`test_share`) keep at most half as many.
+    n_prompts: prompts of safety pairs for the cost estimate of a dual step, and as many held-out ones to judge on.
+    max_length: tokens of prompt and answer together. Longer answers are cut after a whole sentence (else a word), so
+        that every model sees the same text; rows whose prompt takes more than half are left out. Both are counted.
+
+    Raises DataError, in one line, where files, labels, the model or its chat template are missing or too few rows left.
+    """
+    if data_file and (helpful_file or safety_file):
+        raise DataError("data_file and helpful_file or safety_file were given; expected one file, or the two others")
+    if not data_file and not (helpful_file and safety_file):
+        raise DataError("a pretrained model needs data_file (both labels), or helpful_file and safety_file")
+    frames, accounts = _load(data_file, helpful_file, safety_file)  # first: bad files are found before a model loads
+    base, tokenizer = load_model(model)
+    digest = _digest(base)
+    backbone = getattr(base, base.base_model_prefix).state_dict()
+    torch.manual_seed(seed)
+    lab = RealLab(get_peft_model(base, LoraConfig(**LORA, task_type="CAUSAL_LM")), tokenizer, [], max_new_tokens, max_length)
+    train, held_out, notes, done = {}, {}, [], {}
+    for label, frame in frames.items():
+        if id(frame) not in done:  # one file with both labels is fitted and split once
+            done[id(frame)] = _prepare(frame, tokenizer, max_length, test_share, seed, n_pairs)
+            notes.append(f"{accounts[label]}\n{done[id(frame)][2]}")
+        train[label], held_out[label], _ = done[id(frame)]
+    lab.prompts = _distinct(train["safety"].prompt, n_prompts)
+    setting = Path(model).name or "local"
+    return Real(lab, train, held_out, "\n".join(notes), seed, setting, backbone, digest, dict(OPTIMISER))
+
+
+def _load(data_file, helpful_file, safety_file):
+    """{"helpful": frame, "safety": frame} and their accounts; DataError where a label is missing."""
+    if data_file:
+        frame, account = data.load_preferences(data_file)
+        frames, accounts = {"helpful": frame, "safety": frame}, {"helpful": account, "safety": account}
+    else:
+        helpful = data.load_preferences(helpful_file, kind="helpful")
+        safety = data.load_preferences(safety_file, kind="safety")
+        frames, accounts = ({"helpful": h, "safety": s} for h, s in zip(helpful, safety, strict=True))
+    data.require(frames["helpful"], "helpful", "stage 1 (DPO on helpfulness)")
+    data.require(frames["safety"], "safety", "stage 2 (DPO on safety)")
+    data.require(frames["safety"], "signs", "the cost model")
+    return frames, accounts
+
+
+def _prepare(frame, tokenizer, max_length, test_share, seed, n_pairs):
+    """(train, held out, a line for the account) of a loaded frame, in an order that depends on the seed alone."""
+    fitted, cut, left_out = fit(frame, tokenizer, max_length)
+    fitted.attrs["source"] = frame.attrs["source"]
+    if len(fitted) < 8:
+        raise DataError(f"{frame.attrs['source']}: {len(fitted)} rows fit into max_length={max_length}; expected 8 or more")
+    train, held_out = data.split_by_prompt(fitted, test_share, seed)
+    train = train.sample(frac=1, random_state=seed).head(n_pairs).reset_index(drop=True)
+    held_out = held_out.sample(frac=1, random_state=seed).head(max(1, n_pairs // 2)).reset_index(drop=True)
+    if min(train.prompt.nunique(), held_out.prompt.nunique()) < 2:
+        raise DataError(f"{frame.attrs['source']}: fewer than 2 prompts to train on or to hold out; expected more rows")
+    return train, held_out, (
+        f"  {cut} rows cut to {max_length} tokens, {left_out} left out (prompt too long, or answers equal once cut)\n"
+        f"  taken: {len(train)} pairs to train on, {len(held_out)} with held-out prompts"
+    )  # fmt: skip
+
+
+def fit(frame, tokenizer, max_length):
+    """Texts stripped, and answers cut so that prompt and answer have at most `max_length` tokens, end of turn included.
+
+    Returns the frame without rows that cannot fit, the number of rows cut and the number of rows left out. An answer is
+    cut after its last whole sentence that fits, else after a word: it still ends like an answer.
+    """
+    frame = frame.copy()
+    columns = ["prompt", "response_0", "response_1"]
+    for name in columns:
+        frame[name] = frame[name].str.strip()
+    room = max_length - np.array([len(ids) for ids in policies.encode_prompts(tokenizer, frame.prompt.tolist())])
+    cut = np.zeros(len(frame), bool)
+    for name in columns[1:]:
+        texts = [cut_text(t, tokenizer, n) if n > 1 else t for t, n in zip(frame[name], room, strict=True)]
+        cut |= np.array(texts) != frame[name].to_numpy()
+        frame[name] = texts
+    fits = (room >= max_length // 2) & (frame.response_0 != frame.response_1) & (frame.response_0 != "")
+    fits &= frame.response_1 != ""
+    return frame[fits].reset_index(drop=True), int(cut[fits].sum()), int((~fits).sum())
+
+
+def cut_text(text, tokenizer, n):
+    """The longest beginning of `text` with at most n - 1 tokens (one is for the end of turn), whole sentences if any."""
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if len(offsets) < n:
+        return text
+    text = text[: offsets[max(0, n - 3)][1]]  # a beginning may take a token more than its share of the whole
+    sentences = list(re.finditer(r"[.!?](?=\s|$)|\n", text))
+    end = sentences[-1].end() if sentences else max(text.rfind(" "), 0)
+    return text[:end].strip()
+
+
+def load_model(model):
+    """(causal LM in float32, tokenizer) of a name or folder; DataError in one line where that is not possible."""
+    transformers.utils.logging.disable_progress_bar()
+    where = str(model_folder(model)) if model in HUB and model_folder(model).is_dir() else HUB.get(model, model)
+    hint = f"; offline: python -m cdpo_utils.fetch {model}" if model in HUB else ""
+    if (where.startswith((".", "~")) or os.path.isabs(where)) and not Path(where).is_dir():
+        raise DataError(f"model {model}: no such folder")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        base = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, use_safetensors=True)
+    except Exception as error:  # files missing or damaged, no network, gated, ...: transformers has many ways to say so
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"model {model}: {reason}{hint}") from None
+    if not tokenizer.chat_template:
+        raise DataError(f"model {model}: its tokenizer has no chat template; expected an instruction-tuned model")
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"model {model}: its tokenizer has no end-of-sequence token")
+    _set_padding(tokenizer, base)
+    return base.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _set_padding(tokenizer, base):
+    """Padding must differ from the end of turn: scalar heads read the last token that is not padding."""
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        others = [t for t in (tokenizer.unk_token, *tokenizer.all_special_tokens) if t]
+        others = [t for t in others if t not in (tokenizer.eos_token, tokenizer.bos_token)]
+        if others:
+            tokenizer.pad_token = others[0]
+        elif tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    base.config.pad_token_id = base.generation_config.pad_token_id = tokenizer.pad_token_id
+    base.config.eos_token_id = base.generation_config.eos_token_id = tokenizer.eos_token_id
+
+
+def _digest(model):
+    """Of all weights, so that a cached adapter never meets another base."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
