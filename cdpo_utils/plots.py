@@ -174,7 +174,8 @@ def shift_likelihood(ax, shift, curves):
     looks = zip(curves.items(), itertools.cycle([("#0072B2", "-"), ("#D55E00", "-."), ("#009E73", ":")]))
     for (name, values), (colour, line) in looks:
         ax.plot(shift, values - np.max(values), color=colour, linestyle=line, linewidth=2, label=name)
-        ax.plot(shift[np.argmax(values)], 0, color=colour, marker="v", markersize=8)
+        if np.ptp(values) > 1e-9:  # a flat curve has no maximum to point at
+            ax.plot(shift[np.argmax(values)], 0, color=colour, marker="v", markersize=8)
     ax.axvline(0, color=OPTIMUM, linewidth=0.8)
     ax.set(xlabel="constant added to every cost (logits)", ylabel="log-likelihood per row\n(nats, maximum at 0)")
     ax.legend(fontsize=9)
@@ -182,14 +183,14 @@ def shift_likelihood(ax, shift, curves):
 
 
 def length_histogram(ax, lengths, limit=None):
-    """How many rows have how many tokens, with the limit beyond which answers are cut, if there is one."""
+    """How many pairs have how many tokens, with the limit beyond which answers are cut, if there is one."""
     whole = lengths.max() - lengths.min() < 60
     bins = np.arange(lengths.min(), lengths.max() + 2) - 0.5 if whole else 40
     ax.hist(lengths, bins=bins, color="#0072B2", rwidth=0.9 if whole else 1.0)
     if limit is not None:
         ax.axvline(limit, color=BUDGET, linestyle="--", linewidth=1.5, label=f"limit {limit} tokens")
         ax.legend(fontsize=9)
-    ax.set(xlabel="tokens of prompt and longer answer, end of turn included", ylabel="rows")
+    ax.set(xlabel="tokens of prompt and longer answer, end of turn included", ylabel="pairs")
     return ax
 
 
@@ -204,6 +205,9 @@ def displacement(axes, histories, beta):
             ax.axhline(0, color=OPTIMUM, linewidth=0.8)
             ax.set_title(title, fontsize=11)
             ax.set(xlabel="optimiser step")
+    lowest = min(ax.get_ylim()[0] for ax in axes[1:])
+    for ax in axes[1:]:
+        ax.set_ylim(lowest, max(a.get_ylim()[1] for a in axes[1:]))
     axes[0].set(ylabel="log pi / pi_ref (nats per answer)")
     axes[0].legend(fontsize=9)
     return axes
@@ -276,5 +280,21 @@ def flip_rate(ax, lam, flipped, agreement, lam_star=None):
     if lam_star is not None:
         ax.axvline(lam_star, color=LAMBDA, linestyle=":", linewidth=2, label=f"lambda* = {lam_star:.3f}")
     ax.set(xlabel="multiplier lambda (reward per cost)", ylabel="share of pairs", ylim=(0, 1))
+    ax.legend(fontsize=9)
+    return ax
+
+
+def gap_bars(ax, rows):
+    """Gap to the exact optimum, log scale, train and test side by side; `rows` are `record.method_row`s."""
+    gaps = {}
+    for row in rows:
+        if row["method"] != "optimum":
+            gaps.setdefault((row["method"], row["feedback"]), {})[row["split"]] = row["gap"]
+    order = sorted(gaps, key=lambda key: gaps[key]["train"])
+    for k, split in enumerate(("train", "test")):
+        where = [i + 0.4 * (k - 0.5) for i in range(len(order))]
+        ax.bar(where, [gaps[key][split] for key in order], width=0.38, label=split, color=("#0072B2", "#A6CEE3")[k])
+    ax.set(yscale="log", ylabel="gap to the exact optimum (%)", xticks=range(len(order)))
+    ax.set_xticklabels([f"{m}\n({f})" for m, f in order], fontsize=8, rotation=20)
     ax.legend(fontsize=9)
     return ax

@@ -19,7 +19,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from cdpo_utils import data, evaluate, policies, record, trainers
-from cdpo_utils.algorithms import Feedback, Lab
+from cdpo_utils.algorithms import Feedback, Lab, Samples
 from cdpo_utils.cache import cached_weights
 from cdpo_utils.data import DataError
 from cdpo_utils.fetch import model_folder
@@ -29,9 +29,11 @@ HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
 OPTIMISER = {"batch_size": 8, "lr": 3e-4, "level": 0.0}  # of a policy; the pairs are nobody's samples, hence no level
 SCORER = {"batch_size": 8, "lr": 5e-4}
-FORWARD_TOKENS = 4096  # tokens at once where nothing is trained: 0.8 GB of logits
+FORWARD_TOKENS = 2048  # tokens at once where nothing is trained: 0.4 GB of logits
 SAMPLE_ROWS = 64  # answers sampled at once
-REFUSAL = re.compile(r"\W*(no\b|sorry|i'?m sorry|i am sorry|i can(no|')?t|i am (not|un)able|i'm (not|un)able|as an ai)", re.I)
+REFUSAL = re.compile(
+    r"\W*(no\b|sorry|i'?m sorry|i am sorry|i can(no|')?t|i am (not|un)able|i'm (not|un)able|as an ai)", re.I
+)
 ESTIMATES = ("reward", "cost", "violation", "kl_ref", "tokens", "refusal", "cut")
 
 huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -44,11 +46,21 @@ class RealLab(Lab):
     def sample(self, model, n, seed):
         return sample_answers(self, model, self.prompts, n, seed)
 
+    def reference_logps(self, prompt_ids, answer_ids):
+        keys = [(tuple(p), tuple(a)) for p, a in zip(prompt_ids, answer_ids, strict=True)]
+        new = list(dict.fromkeys(key for key in keys if key not in self.cache))
+        with policies.as_reference(self.model) as model:
+            logps = response_logps(model, *_columns(new), self.tokenizer.pad_token_id, FORWARD_TOKENS) if new else []
+        self.cache.update(zip(new, map(float, logps), strict=True))
+        return np.array([self.cache[key] for key in keys])
+
+
+def _columns(keys):
+    return [list(prompt) for prompt, _ in keys], [list(answer) for _, answer in keys]
+
 
 def sample_answers(lab, model, prompts, n, seed):
     """`n` answers per prompt, as `algorithms.Samples`."""
-    from cdpo_utils.algorithms import Samples
-
     prompt_ids = policies.encode_prompts(lab.tokenizer, prompts)
     texts, ids = policies.sample(
         model, lab.tokenizer, prompt_ids, n, seed, lab.max_new_tokens, batch_rows=max(n, SAMPLE_ROWS)
@@ -242,7 +254,9 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     digest = _digest(base)
     backbone = getattr(base, base.base_model_prefix).state_dict()
     torch.manual_seed(seed)
-    lab = RealLab(get_peft_model(base, LoraConfig(**LORA, task_type="CAUSAL_LM")), tokenizer, [], max_new_tokens, max_length)
+    lab = RealLab(
+        get_peft_model(base, LoraConfig(**LORA, task_type="CAUSAL_LM")), tokenizer, [], max_new_tokens, max_length
+    )
     train, held_out, notes, done = {}, {}, [], {}
     for label, frame in frames.items():
         if id(frame) not in done:  # one file with both labels is fitted and split once
@@ -274,7 +288,9 @@ def _prepare(frame, tokenizer, max_length, test_share, seed, n_pairs):
     fitted, cut, left_out = fit(frame, tokenizer, max_length)
     fitted.attrs["source"] = frame.attrs["source"]
     if len(fitted) < 8:
-        raise DataError(f"{frame.attrs['source']}: {len(fitted)} rows fit into max_length={max_length}; expected 8 or more")
+        raise DataError(
+            f"{frame.attrs['source']}: {len(fitted)} rows fit into max_length={max_length}; expected 8 or more"
+        )
     train, held_out = data.split_by_prompt(fitted, test_share, seed)
     train = train.sample(frac=1, random_state=seed).head(n_pairs).reset_index(drop=True)
     held_out = held_out.sample(frac=1, random_state=seed).head(max(1, n_pairs // 2)).reset_index(drop=True)
@@ -308,7 +324,7 @@ def fit(frame, tokenizer, max_length):
 
 
 def cut_text(text, tokenizer, n):
-    """The longest beginning of `text` with at most n - 1 tokens (one is for the end of turn), whole sentences if any."""
+    """The longest beginning of `text` with at most n - 1 tokens (one is for the end of turn), cut after a sentence."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     if len(offsets) < n:
         return text

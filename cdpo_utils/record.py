@@ -4,6 +4,7 @@ Every method of the series is reported by the same fields, so that notebooks, th
 with like. `method_row` refuses a row that lacks a field or has one too many.
 """
 
+import hashlib
 import json
 import math
 import numbers
@@ -103,16 +104,30 @@ def save_record(notebook, parameters, methods, extra=None):
         "parameters": parameters,
         "methods": [method_row(**row) for row in methods],
         "versions": versions(),
+        "source": source_hash(),
         "extra": extra,
     }
     text = json.dumps(record, indent=1, allow_nan=False)
-    folder = Path(os.environ.get("CDPO_RUN_DIR") or repo_root() / "build") / "records"
+    folder = records_dir()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{notebook}.json"
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, path)  # a reader sees the old file or the new one, never half of one
     return path
+
+
+def records_dir():
+    """Where records are written: `records` in $CDPO_RUN_DIR, or below build/."""
+    return Path(os.environ.get("CDPO_RUN_DIR") or repo_root() / "build") / "records"
+
+
+def source_hash():
+    """Digest of the package's source: a record made by other code is not comparable."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def versions():

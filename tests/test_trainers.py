@@ -1,0 +1,351 @@
+"""Tripwires around TRL: our trainer is the stock trainer where they should agree, and differs where it should."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer, RewardTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from cdpo_utils import losses, policies, trainers
+from cdpo_utils.logprobs import response_logps
+
+BETA, STEPS, BATCH = 0.3, 4, 8
+
+
+class Watch(TrainerCallback):
+    """Loss and learning rate of every optimiser step."""
+
+    def __init__(self):
+        self.losses, self.rates = [], []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            self.rates.append(logs["learning_rate"])
+
+
+def watched(trainer):
+    """The trainer, logging every step, and its watch."""
+    watch = Watch()
+    trainer.args.logging_steps = 1
+    trainer.add_callback(watch)
+    return trainer, watch
+
+
+@pytest.fixture
+def texts(world):
+    """32 pairs: prompts, chosen and rejected of different lengths."""
+    rng = np.random.default_rng(0)
+    a, b = rng.permuted(np.tile(np.arange(24), (32, 1)), axis=1)[:, :2].T
+    prompts = [world.prompts[i] for i in rng.integers(0, 12, 32)]
+    return prompts, [world.answers[i] for i in a], [world.answers[i] for i in b]
+
+
+def rows_of(reference, tokenizer, texts, p, **columns):
+    """`pair_dataset` with the reference's log-probabilities and P(chosen preferred) = p."""
+    prompts, chosen, rejected = texts
+    encoded = policies.encode_prompts(tokenizer, prompts)
+    for side, answers in (("chosen", chosen), ("rejected", rejected)):
+        columns[f"ref_{side}_logps"] = response_logps(reference, encoded, policies.encode_answers(tokenizer, answers))
+    p = np.broadcast_to(np.asarray(p, float), len(prompts))
+    return trainers.pair_dataset(tokenizer, prompts, chosen, rejected, pref_prob=p, **columns)
+
+
+@pytest.fixture
+def ours(tokenizer, reference, texts):
+    """Make and watch a PreferenceTrainer on a fresh policy that differs from its reference."""
+
+    def make(p=1.0, texts=texts, **options):
+        options = dict(beta=BETA, batch_size=BATCH, lr=1e-2, seed=0) | options
+        policy = policies.small_llama(tokenizer, seed=5, width=32)
+        rows = rows_of(reference, tokenizer, texts, p)
+        return watched(trainers.preference_trainer(policy, tokenizer, rows, **options))
+
+    return make
+
+
+@pytest.fixture
+def stock(tokenizer, reference, texts):
+    """TRL's DPOTrainer from texts: its own tokenisation, a live reference model."""
+
+    def make(swap=False, texts=texts):
+        prompts, chosen, rejected = texts
+        rows = {
+            "prompt": [[{"role": "user", "content": p}] for p in prompts],
+            "chosen": [[{"role": "assistant", "content": a}] for a in (rejected if swap else chosen)],
+            "rejected": [[{"role": "assistant", "content": a}] for a in (chosen if swap else rejected)],
+        }
+        policy = policies.small_llama(tokenizer, seed=5, width=32)
+        args = trainers._arguments(DPOConfig, BATCH, 1e-2, 0, beta=BETA)
+        return watched(
+            DPOTrainer(
+                model=policy, ref_model=policies.clean_copy(reference), args=args, processing_class=tokenizer,
+                train_dataset=Dataset.from_dict(rows),
+            )
+        )  # fmt: skip
+
+    return make
+
+
+def assert_same_weights(one, other, atol=2e-6):
+    for (name, a), b in zip(one.model.state_dict().items(), other.model.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=atol), name
+
+
+# --- the stock trainer, step by step ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("p", "swap"), [(1.0, False), (0.0, True)], ids=["p=1 is DPO", "p=0 is DPO exchanged"])
+def test_hard_labels_are_the_stock_trainer_step_by_step(ours, stock, p, swap):
+    (mine, watch), (theirs, their_watch) = ours(p), stock(swap)
+    start = mine.model.model.embed_tokens.weight.detach().clone()
+    for trainer in (mine, theirs):
+        trainers.run_steps(trainer, STEPS, seed=0)
+    assert len(watch.losses) == STEPS and watch.losses == pytest.approx(their_watch.losses, abs=1e-5)
+    assert watch.rates == their_watch.rates and np.ptp(watch.losses) > 0.01
+    assert_same_weights(mine, theirs)
+    assert not torch.allclose(mine.model.model.embed_tokens.weight, start, atol=1e-3), "it moved"
+
+
+def test_the_first_loss_is_the_mean_of_the_losses_of_the_pairs(ours, reference, tokenizer, texts):
+    """From logits, not from TRL: summed log-probabilities, prompt excluded, end included."""
+    p = np.linspace(0.1, 0.9, 32)
+    trainer, watch = ours(p, batch_size=32)
+    prompts, chosen, rejected = texts
+    encoded = policies.encode_prompts(tokenizer, prompts)
+    policy = policies.small_llama(tokenizer, seed=5, width=32)
+    logps = [
+        torch.tensor(response_logps(model, encoded, policies.encode_answers(tokenizer, answers)))
+        for model in (policy, reference)
+        for answers in (chosen, rejected)
+    ]
+    trainers.run_steps(trainer, 1, seed=0)
+    assert watch.losses == pytest.approx([losses.soft_dpo_loss(*logps, BETA, torch.tensor(p)).mean().item()], abs=1e-5)
+
+
+def test_policy_equal_to_reference_starts_at_log_2(tokenizer, reference, texts):
+    rows = rows_of(reference, tokenizer, texts, np.linspace(0, 1, 32))
+    policy = policies.clean_copy(reference)
+    trainer, watch = watched(trainers.preference_trainer(policy, tokenizer, rows, 1.0, 32, 1e-3, 0))
+    trainers.run_steps(trainer, 1, seed=0)
+    assert watch.losses == pytest.approx([np.log(2)], abs=1e-5)
+
+
+def test_changing_beta_between_rounds_acts(ours):
+    seen = []
+    for beta in (BETA, 3 * BETA):
+        trainer, watch = ours()
+        trainer.beta = beta
+        trainers.run_steps(trainer, 2, seed=0)
+        seen.append(watch.losses)
+    other, watch = ours(beta=3 * BETA)
+    trainers.run_steps(other, 2, seed=0)
+    assert seen[1] == pytest.approx(watch.losses) and abs(seen[0][0] - seen[1][0]) > 1e-3
+
+
+def test_the_preference_column_reaches_the_loss(ours):
+    """It is dropped unless it is a signature column; a soft label is then silently a hard one."""
+    first = {}
+    for p in (1.0, 0.5, 0.0):
+        trainer, watch = ours(p, batch_size=32)
+        trainers.run_steps(trainer, 1, seed=0)
+        first[p] = watch.losses[0]
+    assert first[0.5] == pytest.approx((first[1.0] + first[0.0]) / 2, abs=1e-6) and first[0.0] != first[1.0]
+    assert set(trainers.PAIR_COLUMNS) <= set(trainer._signature_columns)
+
+
+def test_the_preference_column_may_be_replaced_between_rounds(ours):
+    trainer, watch = ours(1.0, batch_size=32, lr=0.0)
+    trainers.run_steps(trainer, 1, seed=0)
+    trainer.train_dataset = trainer.train_dataset.remove_columns("pref_prob").add_column("pref_prob", np.zeros(32))
+    trainers.run_steps(trainer, 1, seed=0)
+    trainer, other = ours(0.0, batch_size=32)
+    trainers.run_steps(trainer, 1, seed=0)
+    assert watch.losses[1] == pytest.approx(other.losses[0], abs=1e-6) != watch.losses[0]
+
+
+def test_two_small_batches_accumulated_are_one_of_twice_the_size(tokenizer, reference, texts):
+    made = []
+    for size, accumulate in ((16, 1), (8, 2)):
+        rows = rows_of(reference, tokenizer, texts, 0.7)
+        args = trainers._arguments(DPOConfig, size, 1e-2, 0, beta=BETA, precompute_ref_log_probs=True,
+                                   gradient_accumulation_steps=accumulate)  # fmt: skip
+        collator = trainers.PairCollator(tokenizer.pad_token_id, pair_columns=("pref_prob",))
+        trainer, watch = watched(
+            trainers.PreferenceTrainer(
+                model=policies.small_llama(tokenizer, seed=5, width=32), args=args, processing_class=tokenizer,
+                train_dataset=rows, data_collator=collator,
+            )
+        )  # fmt: skip
+        trainers.run_steps(trainer, 2, seed=0)
+        made.append((trainer, watch.losses))
+    assert made[0][1] == pytest.approx(made[1][1], abs=1e-5)
+    assert_same_weights(made[0][0], made[1][0])
+
+
+def test_padding_changes_nothing(ours, texts, tokenizer):
+    trainer, _ = ours()
+    inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    assert (inputs["attention_mask"] == 0).any(), "answers differ in length"
+    batch, width = inputs["input_ids"].shape
+    wider = dict(inputs)
+    for name, value in (("input_ids", 9), ("attention_mask", 0), ("completion_mask", 0)):
+        wider[name] = torch.cat([inputs[name], torch.full((batch, 5), value)], 1)
+    with torch.no_grad():
+        values = [trainer._compute_loss(trainer.model, each, False).item() for each in (inputs, wider)]
+        single = [
+            trainer._compute_loss(trainer.model, trainer.data_collator([trainer.train_dataset[i]]), False).item()
+            for i in range(4)
+        ]
+    assert values[0] == pytest.approx(values[1], abs=1e-6) and values[0] == pytest.approx(np.mean(single), abs=1e-6)
+
+
+def test_level_is_added_to_the_loss(tokenizer, reference, texts):
+    columns = {f"sampler_{side}_logps": np.full(32, -3.0) for side in ("chosen", "rejected")}
+    rows = rows_of(reference, tokenizer, texts, 1.0, **columns)
+    values = []
+    for level in (0.0, 0.5):
+        policy = policies.small_llama(tokenizer, seed=5, width=32)
+        trainer, watch = watched(trainers.preference_trainer(policy, tokenizer, rows, BETA, 32, 1e-2, 0, level))
+        trainers.run_steps(trainer, 1, seed=0)
+        values.append(watch.losses[0])
+    prompts, *answers = texts
+    policy = policies.small_llama(tokenizer, seed=5, width=32)
+    logps = [
+        response_logps(policy, policies.encode_prompts(tokenizer, prompts), policies.encode_answers(tokenizer, a))
+        for a in answers
+    ]
+    level = losses.level_loss(torch.tensor(np.concatenate(logps)), torch.full((64,), -3.0))
+    assert values[1] - values[0] == pytest.approx(0.5 * level.item(), rel=1e-4) and level > 0.1
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_round_goes_on_with_the_weights_and_restarts_the_schedule(ours):
+    trainer, watch = ours()
+    assert trainers.run_steps(trainer, 6, seed=0) == 6
+    after_first = policies.snapshot(trainer.model)
+    assert trainer.optimizer.state_dict()["state"][0]["step"].item() == 6
+    trainers.run_steps(trainer, 6, seed=0)
+    assert len(watch.rates) == 12 and watch.rates[:6] == watch.rates[6:]
+    assert max(watch.rates) == pytest.approx(1e-2) and watch.rates[5] < 2e-3
+    assert np.mean(watch.losses[6:]) < np.mean(watch.losses[:6]) - 0.02, "it goes on where it was"
+    assert trainer.optimizer.state_dict()["state"][0]["step"].item() == 12, "and so does the optimiser"
+    assert any(not torch.equal(p, after_first[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_the_seed_of_a_round_decides_the_order_of_rows(ours):
+    seen = []
+    for seed in (0, 0, 1):
+        trainer, watch = ours(lr=0.0)
+        trainers.run_steps(trainer, STEPS, seed=seed)
+        seen.append(watch.losses)
+    assert seen[0] == seen[1]
+    assert seen[0] != seen[2], "lr = 0: only the order can differ"
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tokenizer, reference, texts):
+    rows = rows_of(reference, tokenizer, texts, [np.nan] * 32)
+    trainer = trainers.preference_trainer(policies.clean_copy(reference), tokenizer, rows, 1.0, 8, 1e-3, 0)
+    with pytest.raises(FloatingPointError, match="loss is nan at optimiser step 0"):
+        trainers.run_steps(trainer, 1, seed=0)
+
+
+def test_what_the_trainer_does_not_implement_is_refused(tokenizer, reference, texts):
+    rows = rows_of(reference, tokenizer, texts, 1.0)
+    args = trainers._arguments(DPOConfig, 8, 1e-3, 0, loss_type="ipo", precompute_ref_log_probs=True)
+    with pytest.raises(ValueError, match="loss_type"):
+        trainers.PreferenceTrainer(model=reference, args=args, processing_class=tokenizer, train_dataset=rows)
+
+
+def test_what_we_override_exists():
+    """Private names of TRL 1.16: were one to go, our override would never be called."""
+    for name in ("_compute_loss", "_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed"):
+        assert callable(getattr(DPOTrainer, name, None)), name
+    for name in ("compute_loss", "_set_signature_columns_if_needed"):
+        assert callable(getattr(RewardTrainer, name, None)), name
+    for collator in (trainers.PairCollatorBase, trainers.ScoreCollatorBase):
+        assert callable(getattr(collator, "torch_call", None))
+    assert trainers.PairCollatorBase is DataCollatorForPreference is not trainers.ScoreCollatorBase
+
+
+def test_each_text_is_tokenised_once(tokenizer, world):
+    calls = []
+
+    def encode(tokenizer, texts):
+        calls.append(list(texts))
+        return policies.encode_answers(tokenizer, texts)
+
+    found = trainers._encode_once(encode, tokenizer, [world.answers[0], world.answers[1], world.answers[0]])
+    assert calls == [world.answers[:2]] and found[0] == found[2] != found[1]
+    rows = trainers.pair_dataset(tokenizer, world.prompts[:2], world.answers[:2], world.answers[2:4], extra=[1.0, 2.0])
+    assert rows.column_names == ["prompt_ids", "chosen_ids", "rejected_ids", "extra"]
+    assert rows["rejected_ids"][1] == policies.encode_answers(tokenizer, world.answers[3:4])[0]
+
+
+def test_a_lora_policy_keeps_one_adapter_and_its_base_stays(lora_lab, tokenizer, texts):
+    model = lora_lab.model
+    rows = rows_of(model, tokenizer, texts, 1.0)
+    base = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    before = policies.snapshot(model)
+    trainer = trainers.preference_trainer(model, tokenizer, rows, 1.0, 8, 1e-2, 0)
+    assert list(model.peft_config) == ["default"], "TRL's frozen copy is gone"
+    trainers.run_steps(trainer, 2, seed=0)
+    assert set(policies.snapshot(model)) == set(before), "the adapter trains, and nothing else"
+    assert any(not torch.equal(p, before[n]) for n, p in policies.snapshot(model).items())
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+
+
+# --- supervised fine-tuning and scores --------------------------------------------------------------------------------
+
+
+def test_fine_tuning_lowers_the_loss_of_answers_alone(world, tokenizer):
+    model = policies.small_llama(tokenizer, seed=5, width=32)
+    prompts, answers = [world.prompts[i % 4] for i in range(16)], [world.answers[i % 4] for i in range(16)]
+    rows = policies.encode_prompts(tokenizer, prompts), policies.encode_answers(tokenizer, answers)
+    before, tokens = response_logps(model, *rows), sum(map(len, rows[1]))
+    history = trainers.train_sft(model, tokenizer, prompts, answers, 1, 16, 0.0, 0)
+    assert history[-1]["train_loss"] == pytest.approx(-before.sum() / tokens, abs=1e-4), "a mean over answer tokens"
+    trainers.train_sft(model, tokenizer, prompts, answers, 15, 16, 2e-2, 0)
+    assert response_logps(model, *rows).mean() > before.mean() + 3
+
+
+def test_cost_trainer_has_the_loss_of_the_losses_module(world, tokenizer):
+    model = policies.small_scorer(tokenizer, seed=5, width=16)
+    prompts, costlier, cheaper = world.prompts[:8], world.answers[:8], world.answers[8:16]
+    signs = [1, 1, 1, 1, -1, -1, -1, -1], [1, -1, 1, -1, -1, -1, 1, -1]
+    scores = [torch.tensor(policies.score(model, tokenizer, prompts, answers)) for answers in (costlier, cheaper)]
+    expected = losses.cost_model_loss(*scores, *(torch.tensor(s, dtype=torch.float64) for s in signs)).mean()
+    preference = losses.bradley_terry_loss(*scores).mean()
+    history = trainers.train_scores(model, tokenizer, prompts, costlier, cheaper, 1, 8, 0.0, 0, signs=signs)
+    assert history[-1]["train_loss"] == pytest.approx(expected.item(), abs=1e-5)
+    assert abs(expected - preference) > 0.1, "the signs are in it"
+    history = trainers.train_scores(model, tokenizer, prompts, costlier, cheaper, 1, 8, 0.0, 0)
+    assert history[-1]["train_loss"] == pytest.approx(preference.item(), abs=1e-5)
+
+
+def test_scores_learn_order_and_sign(world, tokenizer):
+    model = policies.small_scorer(tokenizer, seed=5, width=16)
+    prompts, costlier, cheaper = [world.prompts[0]] * 8, world.answers[:8], world.answers[8:16]
+    signs = [1] * 8, [-1] * 8
+    trainers.train_scores(model, tokenizer, prompts, costlier, cheaper, 25, 8, 2e-2, 0, signs=signs)
+    assert np.all(policies.score(model, tokenizer, prompts, costlier) > 0)
+    assert np.all(policies.score(model, tokenizer, prompts, cheaper) < 0)
+
+
+def test_rows_too_long_for_a_score_are_cut_and_not_dropped(world, tokenizer):
+    model, longest = policies.small_scorer(tokenizer, seed=5, width=16), 9
+    prompts, *pair = world.prompts[:8], world.answers[:8], world.answers[8:16]
+    scores = []
+    for answers in pair:
+        ids = zip(policies.encode_prompts(tokenizer, prompts), policies.encode_answers(tokenizer, answers), strict=True)
+        rows = [torch.tensor([(p + a)[:longest]]) for p, a in ids]
+        scores.append(torch.stack([model(input_ids=row).logits.detach().squeeze() for row in rows]))
+    expected = losses.bradley_terry_loss(*scores).mean().item()
+    history = trainers.train_scores(model, tokenizer, prompts, *pair, 1, 8, 0.0, 0, max_length=longest)
+    assert history[-1]["train_loss"] == pytest.approx(expected, abs=1e-5)
+    whole = [torch.tensor(policies.score(model, tokenizer, prompts, answers)) for answers in pair]
+    assert abs(losses.bradley_terry_loss(*whole).mean() - expected) > 1e-3, "and cut they were"
