@@ -221,17 +221,19 @@ def test_the_sampled_kl_agrees_with_a_fresh_computation(made):
     own = response_logps(policy, flat[1], flat[0])
     with policies.as_reference(policy) as reference:
         ratio = own - response_logps(reference, flat[1], flat[0])
-    assert kl["mean"] > 0 and kl["mean"] == pytest.approx(ratio.mean(), abs=6 * ratio.std() / len(ratio) ** 0.5)
+    assert kl["mean"] > 0 and kl["mean"] == pytest.approx(ratio.mean(), abs=float(6 * ratio.std() / len(ratio) ** 0.5))
     assert rows[0]["cost"] == 1 and rows[0]["violation"] == 0.75
 
 
 def test_long_answers_are_cut_at_a_sentence_and_counted(made):
     tokenizer = made.lab.tokenizer
     text = "Take wax. Then rinse it 3 times. Then wait for 12 minutes and rinse it again."
-    cut = real.cut_text(text, tokenizer, 24)
-    assert cut in ("Take wax.", "Take wax. Then rinse it 3 times.")
-    assert len(policies.encode_answers(tokenizer, [cut])[0]) <= 24
-    assert real.cut_text("Take wax.", tokenizer, 24) == "Take wax."
+    room = len(policies.encode_answers(tokenizer, [text])[0])
+    assert real.cut_text(text, tokenizer, room) == text, "it fits, end of turn included"
+    cut = real.cut_text(text, tokenizer, room - 1)
+    assert cut == "Take wax. Then rinse it 3 times."
+    assert len(policies.encode_answers(tokenizer, [cut])[0]) <= room - 1
+    assert real.cut_text("Take wax and wait", tokenizer, 4).startswith("Take")
     frame = made.frame.head(8).copy()
     frame.loc[0, "response_0"] = text * 20
     frame.loc[1, "prompt"] = "why " * 200
