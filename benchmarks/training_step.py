@@ -3,7 +3,7 @@
     python benchmarks/training_step.py
 
 Time: all trainers live in one process and take turns, 20 steps at a time; the table gives the median over turns, so
-that a machine that slows down slows all of them. Memory: each trainer runs alone in a fresh process; peak resident set size.
+that a machine that slows down slows all of them. Memory: each trainer runs alone in a fresh process; peak RSS.
 """
 
 import json
