@@ -26,9 +26,9 @@ from cdpo_utils.fetch import model_folder
 from cdpo_utils.logprobs import response_logps
 
 HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"}
-OPTIMISER = {"batch_size": 8, "lr": 3e-4, "level": 0.0}  # of a policy; the pairs are nobody's samples, hence no level
-SCORER = {"batch_size": 8, "lr": 5e-4}
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}  # on the upper half of the layers, see `lora`
+OPTIMISER = {"batch_size": 4, "lr": 3e-4, "level": 0.0}  # of a policy; the pairs are nobody's samples, hence no level
+SCORER = {"batch_size": 4, "lr": 5e-4}
 FORWARD_TOKENS = 2048  # tokens at once where nothing is trained: 0.4 GB of logits
 SAMPLE_ROWS = 64  # answers sampled at once
 REFUSAL = re.compile(
@@ -156,8 +156,7 @@ class Real:
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         getattr(model, model.base_model_prefix).load_state_dict(self.backbone, assign=True)
         torch.nn.init.zeros_(model.score.weight)
-        adapter = LoraConfig(**LORA, task_type="SEQ_CLS", modules_to_save=["score"])
-        return get_peft_model(model.to(base.device), adapter)
+        return get_peft_model(model.to(base.device), lora(model, task_type="SEQ_CLS", modules_to_save=["score"]))
 
     def learned_feedback(self, reward_model, cost_model):
         """Trained scorers as feedback, one constraint."""
@@ -228,6 +227,24 @@ class Real:
         }
 
 
+def lora(model, **more):
+    """Adapters on all projections of the upper half of the layers: nothing below needs gradients or kept activations,
+    which halves the memory of a step and saves a quarter of its time. On all linear layers where names differ."""
+    layers = range(model.config.num_hidden_layers // 2, model.config.num_hidden_layers)
+    upper = rf".*\.layers\.({'|'.join(map(str, layers))})\..*_proj"
+    known = any(re.fullmatch(upper, name) for name, _ in model.named_modules())
+    return LoraConfig(**LORA, target_modules=upper if known else "all-linear", **more)
+
+
+def interval_table(intervals):
+    """The intervals of `Real.judge` for reading: one row per method, `mean [low, high]` per estimate."""
+    text = [
+        f"{i.mean_:.3f} [{i.low:.3f}, {i.high:.3f}]" for i in intervals.rename(columns={"mean": "mean_"}).itertuples()
+    ]
+    table = intervals.assign(text=text).pivot(index="method", columns="estimate", values="text")
+    return table.loc[list(dict.fromkeys(intervals.method)), list(dict.fromkeys(intervals.estimate))]
+
+
 def _distinct(prompts, n):
     return list(dict.fromkeys(prompts))[:n]
 
@@ -254,9 +271,7 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     digest = _digest(base)
     backbone = getattr(base, base.base_model_prefix).state_dict()
     torch.manual_seed(seed)
-    lab = RealLab(
-        get_peft_model(base, LoraConfig(**LORA, task_type="CAUSAL_LM")), tokenizer, [], max_new_tokens, max_length
-    )
+    lab = RealLab(get_peft_model(base, lora(base, task_type="CAUSAL_LM")), tokenizer, [], max_new_tokens, max_length)
     train, held_out, notes, done = {}, {}, [], {}
     for label, frame in frames.items():
         if id(frame) not in done:  # one file with both labels is fitted and split once

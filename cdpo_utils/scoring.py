@@ -120,6 +120,15 @@ def held_out_report(made, helpful, costs, reward_scores, cost_scores):
     return pd.DataFrame(rows).T
 
 
+def plain(value):
+    """Tables and dicts as JSON can hold them: dicts of floats, None for what is missing or not finite."""
+    if isinstance(value, pd.DataFrame):
+        return plain(value.to_dict("index"))
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    return float(value) if value is not None and np.isfinite(value) else None
+
+
 def reliability(score, event, prompts, bins=10):
     """Bins of equal size by score: mean score, share of the event with its 95 % interval, and count."""
     score, event, prompts = np.asarray(score, float), np.asarray(event, float), np.asarray(prompts)
@@ -147,17 +156,16 @@ def tables(made, feedback, truth):
 def agreement(learned, true, ref_logps):
     """How a learned score (P, A) relates to the true one under the reference's answers.
 
-    correlation: within prompts, mean over prompts; slope and zero: the line true = slope * learned + zero; shift: mean
-    learned minus mean true; prompt shifts: standard deviation over prompts of that difference.
+    correlation: within prompts, mean over prompts; slope: of the true score on the learned one, within prompts, so 1 is
+    the right scale; shift: mean learned minus mean true, so 0 is the right zero; prompt shifts: standard deviation of
+    that difference over prompts.
     """
     w = np.exp(ref_logps)
     mean = [(w * v).sum(1) for v in (learned, true)]
-    centred = [v - m.mean() for v, m in zip((learned, true), mean, strict=True)]
-    slope = (w * centred[0] * centred[1]).sum() / (w * centred[0] ** 2).sum()
+    centred = [v - m[:, None] for v, m in zip((learned, true), mean, strict=True)]
     return {
         "correlation": evaluate.within_prompt_correlation(learned, true, ref_logps),
-        "slope": float(slope),
-        "zero": float(mean[1].mean() - slope * mean[0].mean()),
+        "slope": float((w * centred[0] * centred[1]).sum() / (w * centred[0] ** 2).sum()),
         "shift": float((mean[0] - mean[1]).mean()),
         "prompt shifts": float((mean[0] - mean[1]).std()),
     }

@@ -1,7 +1,6 @@
 """The methods: what they hand to the trainer, what they leave alone, and that they arrive."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -321,40 +320,39 @@ def test_sampling_follows_its_seed(lab):
 # --- they arrive ------------------------------------------------------------------------------------------------------
 
 
+SHORT = Schedule(steps=60, round_steps=30, batch_size=32, lr=1e-2)
+
+
 @pytest.mark.slow
 def test_dual_descent_comes_close_to_the_exact_optimum(world, lab, oracle):
     beta, budget = 1.0, 0.2
     truth = evaluate.truth(world, lab.model, lab.tokenizer, "train", beta, budget)
     best, spread = truth.optimum, evaluate.spread(truth)[0]
     free = exact.gibbs(truth.ref_logps, truth.reward, beta)
-    assert best.lam > 0.1 and exact.gap(free, truth.ref_logps, best) > 5, "there is something to find"
-    schedule = Schedule(steps=60, round_steps=40, batch_size=64, lr=1e-2)
+    assert best.lam > 0.5 and exact.gap(free, truth.ref_logps, best) > 50, "there is something to find"
+    samples = lab.sample_reference(128, seed=0)
     policy, descent = algorithms.dual_descent(
-        lab, lab.sample_reference(64, seed=0), oracle, budget, beta, schedule, samples=64, max_rounds=4
+        lab, samples, oracle, budget, beta, SHORT, samples=64, max_rounds=5, tolerance=0.0
     )
     row = evaluate.evaluate(policy, lab.tokenizer, world, truth)
-    assert row["gap"] < 3 and abs(row["violation"]) < 0.06 * spread and row["mass"] > 0.9
-    assert descent.lam == pytest.approx(best.lam, rel=0.2)
+    assert row["gap"] < 8 and abs(row["violation"]) < 0.2 * spread and row["mass"] > 0.6
+    assert descent.lam == pytest.approx(best.lam, rel=0.2) and descent.steps == 60 + 4 * 30
 
 
 @pytest.mark.slow
-def test_two_stages_move_towards_the_budget(world, lab, oracle):
-    """Stage 1 overshoots the budget, stage 2 comes back to it; labels are drawn by hand, many of them."""
+def test_two_stages_overshoot_the_budget_and_come_back(world, lab, oracle):
     budget, n = 0.0, 3000
     truth = evaluate.truth(world, lab.model, lab.tokenizer, "train", 1.0, budget)
     rng = np.random.default_rng(0)
-    x = rng.choice(world.train, n)
-    a, b = rng.integers(0, 24, n), rng.integers(1, 24, n)
+    x, a, b = rng.choice(world.train, n), rng.integers(0, 24, n), rng.integers(1, 24, n)
     labelled = bench.label_pairs(world, x, a, (a + b) % 24, rng)
-    pairs = {kind: data.preference_pairs(labelled, kind) for kind in ("helpful", "safety")}
-    assert isinstance(pairs["safety"], pd.DataFrame)
-    schedule = Schedule(steps=60, round_steps=40, batch_size=64, lr=1e-2)
-    pi_r, _ = algorithms.dpo(lab, pairs["helpful"], 1.0, schedule)
+    helpful, safety = (data.preference_pairs(labelled, kind) for kind in ("helpful", "safety"))
+    pi_r, _ = algorithms.dpo(lab, helpful, 1.0, SHORT)
     first = evaluate.evaluate(pi_r, lab.tokenizer, world, truth)
-    policy, _ = algorithms.pd_dpo(
-        lab, pi_r, pairs["safety"], oracle, budget, 1.0, schedule, samples=64, lam=1.0, max_rounds=4
+    policy, descent = algorithms.pd_dpo(
+        lab, pi_r, safety, oracle, budget, 1.0, SHORT, samples=64, lam=1.0, max_rounds=4, tolerance=0.0
     )
     row = evaluate.evaluate(policy, lab.tokenizer, world, truth)
-    reference = exact.expectation(truth.ref_logps, truth.reward)
-    assert first["violation"] > 0.5 and abs(row["violation"]) < 0.2
-    assert row["gap"] < 0.5 * first["gap"] and first["reward"] > row["reward"] > reference - 0.5
+    assert first["violation"] > 1 and first["gap"] > 60
+    assert abs(row["violation"]) < 0.5 and row["gap"] < 0.4 * first["gap"]
+    assert 0.5 * truth.optimum.lam < descent.lam < 2 * truth.optimum.lam

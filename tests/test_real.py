@@ -205,6 +205,9 @@ def test_two_stages_run_and_are_judged_by_samples(made):
     assert rows[0]["kl_ref"] == 0 and rows[2]["lam"] == pytest.approx(descent.lam[0]) and rows[0]["lam"] is None
     assert (intervals.low <= intervals["mean"] + 1e-9).all() and (intervals["mean"] <= intervals.high + 1e-9).all()
     assert len(intervals) == 3 * len(real.ESTIMATES)
+    table = real.interval_table(intervals)
+    assert list(table.index) == list(candidates) and list(table.columns) == list(real.ESTIMATES)
+    assert table.loc["reference", "kl_ref"] == "0.000 [0.000, 0.000]"
 
 
 def test_the_sampled_kl_agrees_with_a_fresh_computation(made):
