@@ -86,7 +86,7 @@ def test_records_go_to_the_run_that_asked_for_them(tmp_path, monkeypatch):
     path = record.save_record("04_dual_descent", {"beta": 0.25}, [ROW], extra={"curve": [1.0, 2.0]})
     assert path == tmp_path / "records" / "04_dual_descent.json"
     saved = json.loads(path.read_text())
-    assert list(saved) == ["notebook", "parameters", "methods", "versions", "extra"]
+    assert list(saved) == ["notebook", "parameters", "methods", "versions", "source", "extra"]
     assert (saved["parameters"], saved["methods"], saved["extra"]["curve"]) == ({"beta": 0.25}, [ROW], [1.0, 2.0])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 

@@ -28,7 +28,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 
 COMMANDS = {"jupyterlab", "nbmake", "ruff", "nbstripout"}  # run, never imported
 BY_TRANSFORMERS = {"gguf"}  # imported there, when it is given a GGUF file
-IMPORTED_AS = {"pyyaml": "yaml"}
+IMPORTED_AS = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
