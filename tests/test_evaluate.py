@@ -138,6 +138,8 @@ def test_bootstrap_resamples_prompts_and_covers():
     assert low < narrow[1] < mean < narrow[2] < high
     covered = 0
     for _ in range(200):
-        _, low, high = evaluate.bootstrap_interval(rng.standard_normal((60, 2)) + rng.standard_normal((60, 1)), draws=300)
+        _, low, high = evaluate.bootstrap_interval(
+            rng.standard_normal((60, 2)) + rng.standard_normal((60, 1)), draws=300
+        )
         covered += low <= 0 <= high
     assert 180 <= covered <= 199

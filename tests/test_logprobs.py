@@ -68,7 +68,9 @@ def test_padded_equals_unpadded(model, prompts, answers, batch_tokens):
     rows = crossed(prompts, answers[:6])
     alone = np.array([response_logps(model, [p], [a])[0] for p, a in zip(*rows, strict=True)])
     assert np.allclose(response_logps(model, *rows, batch_tokens=batch_tokens), alone, atol=1e-5)
-    assert np.allclose(response_logps(model, *rows, pad_id=5), alone, atol=1e-5), "what stands in the padding is no matter"
+    assert np.allclose(response_logps(model, *rows, pad_id=5), alone, atol=1e-5), (
+        "what stands in the padding is no matter"
+    )
 
 
 class Uniform(torch.nn.Module):
