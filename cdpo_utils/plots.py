@@ -58,7 +58,7 @@ def reward_cost_plane(ax, rows, curve, budget):
             facecolor=METHOD_COLOURS[name], hatch="" if learned else "///",
             label=name if name in ("reference", "optimum") else f"{name} ({row['feedback']})",
         )  # fmt: skip
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))  # beside the plane: no point is hidden
     return ax
 
 

@@ -54,8 +54,9 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(logprobs, "response_logps", scored)
     for name in ("pair_dataset", "preference_trainer"):
+        function = getattr(trainers, name)
 
-        def counted(*args, name=name, function=getattr(trainers, name), **kwargs):
+        def counted(*args, name=name, function=function, **kwargs):
             seen[name] += 1
             return function(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The multiplier's side: hand values, the loop on a problem whose answer is known, and what it does with bad budgets."""
+"""The multiplier's side: hand values, the loop on a problem whose answer is known, and bad budgets."""
 
 import numpy as np
 import pytest

@@ -83,7 +83,7 @@ def test_soft_loss_is_least_where_the_margin_is_the_logit_of_p():
 
 
 def test_rearranged_loss_by_hand():
-    # safer:   r_hat = 0.5 (-2 + 1.5) = -0.25, beta log pi/pi_ref = 0.5 (-1 + 1.5) = 0.25; c = (-0.25 - 0.25) / 2 = -0.25
+    # safer: r_hat = 0.5 (-2 + 1.5) = -0.25, beta log pi/pi_ref = 0.5 (-1 + 1.5) = 0.25; c = (-0.25 - 0.25) / 2 = -0.25
     # riskier: r_hat = 0.5 (-0.5 + 1) = 0.25, beta log pi/pi_ref = 0.5 (-2 + 1) = -0.5; c = (0.25 + 0.5) / 2 = 0.375
     names = ("policy_safer", "policy_riskier", "ref_safer", "ref_riskier", "pi_r_safer", "pi_r_riskier")
     values = (-1.0, -2.0, -1.5, -1.0, -2.0, -0.5)
