@@ -44,6 +44,8 @@ def truth(world, reference, tokenizer, split, beta, budget, constraints=(0,)):
 def metrics(logps, truth, mass=1.0):
     """reward, cost, violation (floats, or lists for several constraints), kl_ref (nats), gap (percent) and mass."""
     cost = exact.expectation(logps, truth.costs)
+    # No gap where no policy meets the budget, or where the reference itself is optimal and there is nothing to close.
+    comparable = truth.optimum.feasible and exact.kl(truth.ref_logps, truth.optimum.logps) > 0
     plain = (lambda v: float(v[0])) if len(cost) == 1 else (lambda v: v.tolist())
     return {
         "reward": float(exact.expectation(logps, truth.reward)),
@@ -51,7 +53,7 @@ def metrics(logps, truth, mass=1.0):
         "budget": plain(truth.budget),
         "violation": plain(cost - truth.budget),
         "kl_ref": exact.kl(logps, truth.ref_logps),
-        "gap": exact.gap(logps, truth.ref_logps, truth.optimum) if truth.optimum.feasible else None,
+        "gap": exact.gap(logps, truth.ref_logps, truth.optimum) if comparable else None,
         "mass": mass,
     }
 
