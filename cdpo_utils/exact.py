@@ -107,6 +107,29 @@ def minimal_cost(costs, budget):
     return float(t), budget + t
 
 
+def _minimise(lam, ref_logps, reward, costs, budget, beta, max_iterations):
+    """argmin of D over lam >= 0 and its value, from a start: projected Newton, at most doubling lam + 1 in a step."""
+    value, gradient, hessian = dual(lam, ref_logps, reward, costs, budget, beta)
+    for _ in range(max_iterations):
+        if np.abs(lam - np.maximum(lam - gradient, 0)).max() <= TOLERANCE:
+            break
+        free = (lam > 0) | (gradient < 0)  # a multiplier held at zero by its bound stays there in this step
+        step = np.zeros_like(lam)
+        ridge = 1e-12 * np.eye(free.sum())
+        step[free] = -np.linalg.solve(hessian[np.ix_(free, free)] + ridge, gradient[free])
+        scale = min(1.0, (1 + lam.max()) / max(np.abs(step).max(), 1e-300))
+        while True:
+            trial = np.maximum(lam + scale * step, 0)
+            new = dual(trial, ref_logps, reward, costs, budget, beta)
+            if new[0] <= value + 1e-4 * gradient @ (trial - lam) + 1e-13 or scale < 1e-12:
+                break
+            scale /= 2
+        lam, (value, gradient, hessian) = trial, new
+    else:
+        raise RuntimeError(f"solve: the dual did not converge in {max_iterations} steps; |gradient| {abs(gradient)}")
+    return lam, float(value)
+
+
 def solve(ref_logps, reward, costs, budget, beta, max_iterations=200):
     """The exact constrained optimum (`Optimum`).
 
@@ -125,25 +148,12 @@ def solve(ref_logps, reward, costs, budget, beta, max_iterations=200):
         logps = gibbs(ref_logps, np.where(cheapest <= cheapest.min(1, keepdims=True) + 1e-12, 0.0, -np.inf), beta)
         infinite = np.full(len(budget), np.inf)
         return Optimum(logps, infinite, objective(logps, ref_logps, reward, beta), attained, np.inf, False)
+    # For a small beta D is nearly piecewise linear, on which Newton's steps are wild: approach it from a larger one.
+    smooth = max(beta, 0.5 * float(np.ptp(reward, axis=1).max()))
+    stages = np.geomspace(smooth, beta, 1 + int(np.ceil(np.log2(smooth / beta))))
     lam = np.zeros(len(budget))
-    value, gradient, hessian = dual(lam, ref_logps, reward, costs, budget, beta)
-    for _ in range(max_iterations):
-        if np.abs(lam - np.maximum(lam - gradient, 0)).max() <= TOLERANCE:
-            break
-        free = (lam > 0) | (gradient < 0)  # a multiplier held at zero by its bound stays there in this step
-        step = np.zeros_like(lam)
-        ridge = 1e-12 * np.eye(free.sum())
-        step[free] = -np.linalg.solve(hessian[np.ix_(free, free)] + ridge, gradient[free])
-        scale = 1.0
-        while True:
-            trial = np.maximum(lam + scale * step, 0)
-            new = dual(trial, ref_logps, reward, costs, budget, beta)
-            if new[0] <= value + 1e-4 * gradient @ (trial - lam) + 1e-13 or scale < 1e-12:
-                break
-            scale /= 2
-        lam, (value, gradient, hessian) = trial, new
-    else:
-        raise RuntimeError(f"solve: the dual did not converge in {max_iterations} steps; |gradient| {abs(gradient)}")
+    for stage in stages:
+        lam, value = _minimise(lam, ref_logps, reward, costs, budget, stage, max_iterations)
     logps = gibbs(ref_logps, lagrangian_score(reward, costs, lam), beta)
     return Optimum(logps, lam, objective(logps, ref_logps, reward, beta), expectation(logps, costs), float(value), True)
 

@@ -145,8 +145,15 @@ def rows(made, truths, policy, method, notebook, feedback, seconds, descent=None
 
 
 def open_lab(seed, n_pairs, n_objects=8, n_tools=8, model="", data_file="", helpful_file="", safety_file="", **real):
-    """The bench where `model` is empty, else a pretrained model on pairs from files (`real.open_real`)."""
+    """The bench where `model` is empty, else a pretrained model on pairs from files (`real.open_real`).
+
+    Raises ValueError where a file is named without a model: the bench draws its own pairs.
+    """
     if not model:
+        files = {"data_file": data_file, "helpful_file": helpful_file, "safety_file": safety_file}
+        for name, path in files.items():
+            if path:
+                raise ValueError(f"{name}={path!r} needs a pretrained model: give model, or --setting smollm2")
         return make_bench(seed, n_pairs, n_objects=n_objects, n_tools=n_tools)
     from cdpo_utils.real import open_real  # loads a large model: only when asked for
 

@@ -9,6 +9,8 @@ import itertools
 import numpy as np
 import torch
 
+MAX_LOGITS = 2**27  # numbers held at once, half a GiB in float32
+
 
 def pad(sequences, value, side="left"):
     """Stack lists of ids into (n, longest); returns ids and attention mask."""
@@ -36,11 +38,13 @@ def token_batches(order, lengths, batch_tokens):
 def response_logps(model, prompt_ids, response_ids, pad_id=0, batch_tokens=16384):
     """Sum of log pi(token | before) over each response, float32 numpy (n,). Lists of token ids, one per sequence.
 
-    Sequences are batched by length, at most `batch_tokens` tokens at once, so little is padded. The model is put in
-    eval mode and returned to the mode it had: dropout would perturb a frozen reference.
+    Sequences are batched by length, at most `batch_tokens` tokens at once, so little is padded; fewer for a large
+    vocabulary, whose logits fill the memory first. The model is put in eval mode and returned to the mode it had:
+    dropout would perturb a frozen reference.
     """
     was_training = model.training
     model.eval()
+    batch_tokens = min(batch_tokens, MAX_LOGITS // model.config.vocab_size)
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
     order = np.argsort(lengths, kind="stable")
     out = np.empty(len(lengths), np.float32)

@@ -181,6 +181,20 @@ def test_the_optimum_beats_every_feasible_policy_of_a_grid():
     assert values.max() <= found.objective + 1e-12 and values.max() == pytest.approx(found.objective, abs=1e-3)
 
 
+@pytest.mark.parametrize("beta", [1e-3, 1e-2, 0.05])
+@pytest.mark.parametrize("m", [1, 2])
+def test_a_small_beta_is_solved_too(beta, m):
+    """D is nearly piecewise linear there, and its Hessian nearly singular between the kinks."""
+    for seed in range(20):
+        ref, reward, costs = instance(seed, prompts=4, answers=9, m=m)
+        start = exact.expectation(ref, costs)
+        budget = start + 0.8 * (exact.minimal_cost(costs, start)[0])  # near the least that all costs can fall together
+        optimum = exact.solve(ref, 10 * reward, costs, budget, beta)
+        assert optimum.dual == pytest.approx(optimum.objective, rel=1e-6)
+        assert (optimum.cost <= budget + 1e-8).all()
+        assert abs(optimum.lam @ (optimum.cost - budget)) <= 1e-6
+
+
 def test_pareto_is_monotone():
     ref, reward, costs = instance(2, prompts=6, answers=12)
     curve = exact.pareto(ref, reward, costs, 0.5, np.linspace(0, 5, 30))

@@ -1,5 +1,7 @@
 """Log-probabilities of answers: three ways to the same number, over answer tokens only, summed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -77,8 +79,11 @@ class Uniform(torch.nn.Module):
     """Gives every token of a vocabulary of 8 the same probability."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(vocab_size=8)
+    tokens = ()
 
     def forward(self, input_ids, **_):
+        self.tokens += (input_ids.numel(),)
         logits = torch.zeros(*input_ids.shape, 8)
         return type("Output", (), {"logits": logits})
 
@@ -86,6 +91,13 @@ class Uniform(torch.nn.Module):
 def test_sums_over_answer_tokens_and_not_means():
     prompts, answers = [[1, 2, 3], [1], [1, 2]], [[4, 1], [4, 5, 6, 1], [1]]
     assert np.allclose(response_logps(Uniform(), prompts, answers), -np.log(8) * np.array([2, 4, 1]))
+
+
+def test_a_large_vocabulary_gets_smaller_batches(monkeypatch):
+    monkeypatch.setattr(logprobs, "MAX_LOGITS", 8 * 6)
+    model = Uniform()
+    response_logps(model, [[1, 2]] * 7, [[3]] * 7)
+    assert model.tokens == (6, 6, 6, 3)
 
 
 def test_the_end_counts_and_the_prompt_does_not(tokenizer, prompts):

@@ -109,6 +109,12 @@ def test_pairs_are_split_by_prompt_and_limited(made, files, folder):
     assert two.account.count("rows read") == 2 and set(two.costs.columns) == set(made.costs.columns)
 
 
+@pytest.mark.parametrize("name", ["data_file", "helpful_file", "safety_file"])
+def test_files_without_a_model_are_refused_not_ignored(name):
+    with pytest.raises(ValueError, match=f"{name}='pairs.jsonl' needs a pretrained model"):
+        labs.open_lab(0, 32, **{name: "pairs.jsonl"})
+
+
 def test_ids_agree_with_the_chat_template_up_to_the_end_of_turn(made):
     tokenizer, pairs = made.lab.tokenizer, made.safety
     prompts = policies.encode_prompts(tokenizer, pairs.prompt.tolist())
