@@ -11,6 +11,7 @@ from cdpo_utils.cache import cached_weights
 
 SFT = {"n": 40_000, "steps": 1200, "batch_size": 64, "lr": 5e-3}  # demonstrations and optimiser of the reference
 SCORER = {"width": 32, "batch_size": 64, "lr": 3e-3}  # narrower than the policy: label noise is the limit, not capacity
+SCORERS = ("reward", "cost")
 MAX_NEW_TOKENS = 10  # the longest answer has 7 words and its end
 
 
@@ -28,6 +29,7 @@ class Bench:
     sizes: dict
     setting = "bench"
     exact = True  # answers can be enumerated
+    optimiser = {"batch_size": 128, "lr": 3e-3}  # for hard labels, noisier than soft ones: `algorithms.Schedule`
 
     @property
     def seed(self):
@@ -56,12 +58,18 @@ class Bench:
         """Exact metrics of a policy on a split."""
         return evaluate.evaluate(policy, self.lab.tokenizer, self.world, truth)
 
-    def scorers(self):
-        """Reward model and cost model trained on one pass over the labels (cached)."""
-        fresh = [policies.small_scorer(self.lab.tokenizer, self.seed + k, SCORER["width"]) for k in (1, 2)]
+    def scorer(self, kind):
+        """The "reward" or the "cost" model, trained on one pass over the labels (cached)."""
+        model = policies.small_scorer(self.lab.tokenizer, self.seed + SCORERS.index(kind) + 1, SCORER["width"])
         settings = {"seed": self.seed, "sizes": self.sizes, "n_pairs": len(self.frame), **SCORER}
         steps = len(self.frame) // SCORER["batch_size"]
-        return train_scorers(self, fresh, steps, SCORER["batch_size"], SCORER["lr"], settings)
+        return cached_weights(
+            kind, settings, model, lambda m: train_scorer(self, m, kind, steps, SCORER["batch_size"], SCORER["lr"])
+        )
+
+    def scorers(self):
+        """Reward model and cost model."""
+        return tuple(map(self.scorer, SCORERS))
 
     def learned_feedback(self, reward_model, cost_model):
         """Trained scorers as feedback, one constraint."""
@@ -98,27 +106,16 @@ def make_bench(seed=0, n_pairs=120_000, **sizes):
     return Bench(world, lab, frame, account, sizes)
 
 
-def train_scorers(made, models, steps, batch_size, lr, settings):
-    """Train (reward model, cost model) by Bradley-Terry and by Safe RLHF's loss; from the cache where it has them."""
-    tokenizer, arguments = made.lab.tokenizer, (steps, batch_size, lr, made.seed)
-
-    def train_reward(model):
-        pairs = made.helpful
-        trainers.train_scores(
-            model, tokenizer, pairs.prompt, pairs.chosen, pairs.rejected, *arguments, max_length=made.lab.max_length
-        )
-
-    def train_cost(model):
-        pairs = made.costs
-        trainers.train_scores(
-            model, tokenizer, pairs.prompt, pairs.costlier, pairs.cheaper, *arguments,
-            signs=(pairs.costlier_sign, pairs.cheaper_sign), max_length=made.lab.max_length,
-        )  # fmt: skip
-
-    return (
-        cached_weights("reward", settings, models[0], train_reward),
-        cached_weights("cost", settings, models[1], train_cost),
-    )
+def train_scorer(made, model, kind, steps, batch_size, lr):
+    """Train `model` as the "reward" model, by Bradley-Terry, or as the "cost" model, by Safe RLHF's loss."""
+    pairs, sides, signs = made.helpful, ("chosen", "rejected"), None
+    if kind == "cost":
+        pairs, sides = made.costs, ("costlier", "cheaper")
+        signs = pairs.costlier_sign, pairs.cheaper_sign
+    trainers.train_scores(
+        model, made.lab.tokenizer, pairs.prompt, *(pairs[side] for side in sides), steps, batch_size, lr, made.seed,
+        signs=signs, max_length=made.lab.max_length,
+    )  # fmt: skip
 
 
 def oracle_feedback(made, constraints=(0,)):

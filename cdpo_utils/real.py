@@ -18,11 +18,12 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from cdpo_utils import data, evaluate, policies, record, trainers
+from cdpo_utils import data, evaluate, policies, record
 from cdpo_utils.algorithms import Feedback, Lab, Samples
 from cdpo_utils.cache import cached_weights
 from cdpo_utils.data import DataError
 from cdpo_utils.fetch import model_folder
+from cdpo_utils.labs import SCORERS, train_scorer
 from cdpo_utils.logprobs import response_logps
 
 HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -128,25 +129,24 @@ class Real:
         """`costs` for prompts that nothing was trained on."""
         return data.cost_pairs(self.held_out["safety"])
 
+    def scorer(self, kind):
+        """The "reward" or the "cost" model, one pass over its pairs (cached). LoRA and a head on the shared base."""
+        pairs = self.helpful if kind == "reward" else self.costs
+        steps = max(1, len(pairs) // SCORER["batch_size"])
+        settings = {
+            "base": self.digest, "seed": self.seed, "lora": LORA, **SCORER, "max_length": self.lab.max_length,
+            "pairs": hashlib.sha256(pairs.to_json().encode()).hexdigest(),
+        }  # fmt: skip
+
+        def train(kept):
+            train_scorer(self, kept.model, kind, steps, SCORER["batch_size"], SCORER["lr"])
+
+        fresh = Trainable(self._scorer(self.seed + SCORERS.index(kind) + 1))
+        return cached_weights(f"real-{kind}", settings, fresh, train).model.eval()
+
     def scorers(self):
-        """Reward model and cost model, one pass over their pairs (cached). LoRA and a head on the shared base."""
-        tokenizer, models = self.lab.tokenizer, []
-        shared = {"base": self.digest, "seed": self.seed, "lora": LORA, **SCORER, "max_length": self.lab.max_length}
-        for k, (name, pairs) in enumerate({"reward": self.helpful, "cost": self.costs}.items()):
-            signs = (pairs.costlier_sign, pairs.cheaper_sign) if name == "cost" else None
-            first, second = ("costlier", "cheaper") if name == "cost" else ("chosen", "rejected")
-            steps = max(1, len(pairs) // SCORER["batch_size"])
-
-            def train(kept, pairs=pairs, first=first, second=second, steps=steps, signs=signs):
-                trainers.train_scores(
-                    kept.model, tokenizer, pairs.prompt, pairs[first], pairs[second], steps, SCORER["batch_size"],
-                    SCORER["lr"], self.seed, signs=signs, max_length=self.lab.max_length,
-                )  # fmt: skip
-
-            settings = shared | {"pairs": hashlib.sha256(pairs.to_json().encode()).hexdigest()}
-            kept = cached_weights(f"real-{name}", settings, Trainable(self._scorer(self.seed + 1 + k)), train)
-            models.append(kept.model.eval())
-        return tuple(models)
+        """Reward model and cost model."""
+        return tuple(map(self.scorer, SCORERS))
 
     def _scorer(self, seed):
         """A scalar head, zero at first, over the base with a fresh adapter. No weight of the base is copied."""

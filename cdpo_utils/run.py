@@ -256,7 +256,9 @@ def main(argv=None, notebooks=None):
         return 2
 
     seconds = {}
-    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # two warnings of libraries about each other, which would put this machine's paths into the executed notebooks
+    ignored = "ignore:IProgress not found,ignore:`is_gradient_checkpointing` is deprecated"
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": ignored}
     with environment(CDPO_RUN_DIR=str(folder), **quiet):
         for i, path in enumerate(parameters, start=1):
             label = f"[{i}/{len(parameters)}] {path.stem}"

@@ -44,6 +44,17 @@ def anchor_rows(made, truths, notebook):
     return rows
 
 
+def zero_account(costs):
+    """One line: what the signs of cost pairs (`made.costs`) can say about the cost's zero. See notebook 01, Eq. (9)."""
+    differ = float((costs.costlier_sign != costs.cheaper_sign).mean())
+    said = (
+        "nothing fixes the cost's zero, it lands where half of the file's answers are unsafe (notebook 01, Eq. 9)"
+        if differ == 1
+        else "the other pairs fix the cost's zero"
+    )
+    return f"exactly one answer is safe in {differ:.1%} of {len(costs)} cost pairs: {said}"
+
+
 def held_out(made, n=10_000):
     """Labelled pairs of prompts that no training has seen: (helpful pairs, cost pairs) as `made.helpful`, `made.costs`.
 

@@ -15,7 +15,7 @@ import torch
 
 from cdpo_utils import algorithms, dual, evaluate, labs, record
 
-HARD_LABEL_STEPS = {"06_two_stage_primal_dual": 2}  # hard labels are noisier than soft ones: twice the steps
+HARD_LABEL_STEPS = {"06_two_stage_primal_dual": 1.5}  # hard labels are noisier than soft ones: more steps
 RUNS = (  # (method, feedback), in the order of cost, dearest first
     ("pd_dpo", "learned"), ("dual_descent", "oracle"), ("c_dpo", "learned"), ("dual_descent", "learned"),
     ("dpo_helpful", "learned"), ("dpo_harmless", "learned"), ("one_shot", "oracle"),
@@ -87,8 +87,9 @@ def train(method, feedback, settings):
 
 
 def train_pd_dpo(made, beta, budget, steps, labels=16):
-    """Two-stage primal-dual DPO as in notebook 06: hard labels, so twice the steps, and votes for the dual step."""
-    schedule = algorithms.Schedule(steps=2 * steps, round_steps=steps, seed=made.seed)
+    """Two-stage primal-dual DPO as in notebook 06: hard labels, so more steps, and votes for the dual step."""
+    steps = int(HARD_LABEL_STEPS[NOTEBOOKS["pd_dpo"]] * steps)
+    schedule = algorithms.Schedule(steps=steps, round_steps=steps // 2, seed=made.seed, **made.optimiser)
     reward_policy, _ = algorithms.dpo(made.lab, made.helpful, beta, schedule)
     voters = algorithms.votes(labs.oracle_feedback(made), labels, made.seed)
     return algorithms.pd_dpo(
