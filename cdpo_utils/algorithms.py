@@ -97,12 +97,14 @@ class Schedule:
     steps: int = 300  # optimiser steps of a plain DPO training, and of the first round of a dual loop
     round_steps: int = 150  # optimiser steps of each further round
     batch_size: int = 64  # pairs
-    lr: float = 5e-3  # peak learning rate of each round's cosine schedule
+    lr: float = 5e-3  # peak learning rate of the first round's cosine schedule; round k has lr / k
     level: float = 0.03  # weight of losses.level_loss
     seed: int = 0
 
-    def of_round(self, k):
-        return self.steps if k == 0 else self.round_steps
+    def train_round(self, trainer, k):
+        """Round k = 0, 1, ... of a dual loop: its steps. Smaller learning rates average out what one round jitters."""
+        steps = self.steps if k == 0 else self.round_steps
+        return trainers.run_steps(trainer, steps, self.seed + k, self.lr / (k + 1))
 
 
 def with_logps(lab, pairs):
@@ -222,7 +224,7 @@ def _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, la
     def maximise(lam, k):
         p = preference_probability(difference, lam, labels, rng)
         trainer.train_dataset = set_column(trainer.train_dataset, "pref_prob", p)
-        return trainers.run_steps(trainer, schedule.of_round(k), schedule.seed + k)
+        return schedule.train_round(trainer, k)
 
     def measure(k):
         rewards, costs = feedback.on(lab.sample(policy, samples, schedule.seed + 1000 + k))
@@ -266,7 +268,7 @@ def pd_dpo(lab, reward_policy, frame, feedback, budget, beta, schedule, samples=
             policies.restore(policy, pi_r)
             return 0
         trainer.beta = beta / lam[0]
-        return trainers.run_steps(trainer, schedule.of_round(k), schedule.seed + k)
+        return schedule.train_round(trainer, k)
 
     def measure(k):
         rewards, costs = feedback.on(lab.sample(policy, samples, schedule.seed + 1000 + k))

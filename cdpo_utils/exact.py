@@ -49,7 +49,8 @@ def expectation(logps, values):
 def kl(logps, other):
     """E_x KL(pi || other) in nats, both (P, A). An answer that pi never gives counts zero."""
     p = np.exp(logps)
-    return float(np.where(p > 0, p * (np.where(p > 0, logps, 0.0) - other), 0.0).sum(1).mean())
+    log_ratio = np.subtract(logps, other, out=np.zeros_like(p), where=p > 0)
+    return float((p * log_ratio).sum(1).mean())
 
 
 def gibbs(ref_logps, score, beta):

@@ -54,9 +54,13 @@ def _arguments(kind, batch_size, lr, seed, **more):
     )  # fmt: skip
 
 
-def run_steps(trainer, steps, seed):
+def run_steps(trainer, steps, seed, lr=None):
     """Train for `steps` optimiser steps. Weights and optimiser state go on from where they are; the learning rate
-    schedule starts anew, and `seed` decides the order of rows. Returns the steps taken."""
+    schedule starts anew, with peak `lr` where given, and `seed` decides the order of rows. Returns the steps taken."""
+    if lr is not None:
+        trainer.args.learning_rate = lr
+        for group in trainer.optimizer.param_groups if trainer.optimizer else ():
+            group["initial_lr"] = lr  # what a new schedule starts from
     trainer.args.max_steps = steps
     trainer.args.warmup_steps = min(20, max(1, steps // 10))
     torch.manual_seed(seed)

@@ -33,7 +33,7 @@ def rounds(monkeypatch):
     """In place of training: what each round would have trained on."""
     seen = []
 
-    def run_steps(trainer, steps, seed):
+    def run_steps(trainer, steps, seed, lr=None):
         columns = trainer.train_dataset.to_dict()
         seen.append({"beta": trainer.beta, "steps": steps, "seed": seed, "trainer": trainer, **columns})
         return steps
@@ -202,7 +202,7 @@ def test_pd_dpo_without_a_multiplier_is_pi_r_itself(lab, safety, rounds, fingerp
     pi_r = policies.small_llama(lab.tokenizer, seed=3, width=32)
     before = fingerprint(pi_r)
 
-    def moving(trainer, steps, seed):
+    def moving(trainer, steps, seed, lr):
         with torch.no_grad():
             trainer.model.model.embed_tokens.weight.add_(1.0)
         return steps
@@ -305,9 +305,7 @@ def test_votes_estimate_the_cost_and_pass_over_what_has_none():
     assert set(np.round(few[:-4000, 0], 6)) == {-round(np.log(3), 6), round(np.log(3), 6)}
 
 
-def test_schedule_and_columns(tokenizer, world):
-    schedule = Schedule(steps=30, round_steps=20)
-    assert [schedule.of_round(k) for k in range(3)] == [30, 20, 20]
+def test_a_column_is_replaced_not_added_twice(tokenizer, world):
     rows = trainers.pair_dataset(tokenizer, world.prompts[:2], world.answers[:2], world.answers[2:4])
     for values in ([0.1, 0.2], [0.3, 0.4]):
         rows = algorithms.set_column(rows, "pref_prob", values)

@@ -9,6 +9,7 @@ from trl import DPOConfig, DPOTrainer, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from cdpo_utils import losses, policies, trainers
+from cdpo_utils.algorithms import Schedule
 from cdpo_utils.logprobs import response_logps
 
 BETA, STEPS, BATCH = 0.3, 4, 8
@@ -222,6 +223,17 @@ def test_level_is_added_to_the_loss(tokenizer, reference, texts):
 
 
 # --- rounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_have_the_learning_rates_of_their_schedule(ours):
+    trainer, watch = ours()
+    schedule = Schedule(steps=4, round_steps=4, lr=6e-3)
+    assert [schedule.train_round(trainer, k) for k in range(3)] == [4, 4, 4]
+    first, second, third = np.split(np.array(watch.rates), 3)
+    assert first.max() > 0 and second == pytest.approx(first / 2) and third == pytest.approx(first / 3)
+    again, other = ours()
+    trainers.run_steps(again, 4, seed=0, lr=6e-3)
+    assert other.rates == pytest.approx(first), "the first round's rate is the schedule's, not the trainer's own"
 
 
 def test_a_second_round_goes_on_with_the_weights_and_restarts_the_schedule(ours):
