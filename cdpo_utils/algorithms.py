@@ -98,7 +98,7 @@ class Schedule:
     round_steps: int = 150  # optimiser steps of each further round
     batch_size: int = 64  # pairs
     lr: float = 5e-3  # peak learning rate of the first round's cosine schedule; round k has lr / k
-    level: float = 0.03  # weight of losses.level_loss
+    level: float = 0.03  # weight of losses.level_loss, in units of beta^2
     seed: int = 0
 
     def train_round(self, trainer, k):

@@ -86,7 +86,8 @@ class PreferenceTrainer(DPOTrainer):
 
     The dataset holds ref_chosen_logps, ref_rejected_logps, pref_prob and, where `level` > 0, the log-probabilities of
     both answers under the distribution they were drawn from (sampler_*_logps, see `losses.level_loss`).
-    `self.beta` may be changed between rounds. Metrics keep TRL's names.
+    `level` is in units of beta^2, as the curvature of the DPO loss is: both then keep their balance when `self.beta` is
+    changed, between rounds or by the problem. Metrics keep TRL's names.
     """
 
     def __init__(self, *args, level=0.0, **kwargs):
@@ -127,7 +128,7 @@ class PreferenceTrainer(DPOTrainer):
         loss = per_pair.mean()
         if self.level > 0:
             sampler = torch.cat([inputs["sampler_chosen_logps"], inputs["sampler_rejected_logps"]])
-            loss = loss + self.level * losses.level_loss(torch.cat([policy_chosen, policy_rejected]), sampler)
+            loss = loss + self.level * self.beta**2 * losses.level_loss(torch.cat([policy_chosen, policy_rejected]), sampler)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at optimiser step {self.state.global_step}")
         self._log_pairs(mode, inputs, policy_chosen - ref_chosen, policy_rejected - ref_rejected)

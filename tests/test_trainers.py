@@ -219,7 +219,7 @@ def test_level_is_added_to_the_loss(tokenizer, reference, texts):
         for a in answers
     ]
     level = losses.level_loss(torch.tensor(np.concatenate(logps)), torch.full((64,), -3.0))
-    assert values[1] - values[0] == pytest.approx(0.5 * level.item(), rel=1e-4) and level > 0.1
+    assert values[1] - values[0] == pytest.approx(0.5 * BETA**2 * level.item(), rel=1e-4) and level > 0.1
 
 
 # --- rounds -----------------------------------------------------------------------------------------------------------
