@@ -15,7 +15,7 @@ import torch
 
 from cdpo_utils import algorithms, dual, evaluate, labs, record
 
-HARD_LABEL_STEPS = {"06_two_stage_primal_dual": 1.5}  # hard labels are noisier than soft ones: more steps
+HARD_LABEL_STEPS = {"06_two_stage_primal_dual": 1.2}  # hard labels are noisier than soft ones: more steps
 RUNS = (  # (method, feedback), in the order of cost, dearest first
     ("pd_dpo", "learned"), ("dual_descent", "oracle"), ("c_dpo", "learned"), ("dual_descent", "learned"),
     ("dpo_helpful", "learned"), ("dpo_harmless", "learned"), ("one_shot", "oracle"),
