@@ -62,6 +62,21 @@ def reward_cost_plane(ax, rows, curve, budget):
     return ax
 
 
+def zoom(ax, rows, curve, budget, place=(0.06, 0.58, 0.36, 0.38), largest_gap=20.0):
+    """An inset of `reward_cost_plane` around the methods whose gap (percent) is small: they lie close together."""
+    near = [row for row in rows if row["gap"] is not None and row["gap"] < largest_gap]
+    inset = reward_cost_plane(ax.inset_axes(place), near, curve, budget)
+    inset.get_legend().remove()
+    for limits, name in ((inset.set_xlim, "cost"), (inset.set_ylim, "reward")):
+        values = [row[name] for row in near]
+        margin = 0.05 + 0.3 * (max(values) - min(values))
+        limits(min(values) - margin, max(values) + margin)
+    inset.set(xlabel="", ylabel="")
+    inset.tick_params(labelsize=7)
+    ax.indicate_inset_zoom(inset, edgecolor="black")
+    return inset
+
+
 def dual_path(axes, rounds, budget, lam_star=None):
     """Two axes: lambda and cost over the rounds of a `dual.Descent` (first constraint)."""
     k = range(1, len(rounds) + 1)

@@ -13,10 +13,10 @@ COLUMNS = (
     ("feedback", lambda row: row["feedback"]),
     ("split", lambda row: row["split"]),
     ("lam", lambda row: number(row["lam"], 3)),
-    ("reward", lambda row: number(row["reward"], 3)),
-    ("cost", lambda row: number(row["cost"], 3)),
-    ("violation", lambda row: number(row["violation"], 3, sign="+")),
-    ("kl_ref", lambda row: number(row["kl_ref"], 3)),
+    ("reward", lambda row: estimate(row, "reward")),
+    ("cost", lambda row: estimate(row, "cost")),
+    ("violation", lambda row: estimate(row, "violation", sign="+")),
+    ("kl_ref", lambda row: estimate(row, "kl_ref")),
     ("gap %", lambda row: number(row["gap"], 2)),
     ("seconds", lambda row: number(row["seconds"], 1)),
 )
@@ -37,6 +37,23 @@ def number(value, digits, sign=""):
     if isinstance(value, list):
         return ", ".join(number(item, digits, sign) for item in value)
     return f"{value:{sign}.{digits}f}"
+
+
+def estimate(row, name, sign=""):
+    """A number of a method row and, where it was sampled, its interval (see `with_intervals`)."""
+    text = number(row[name], 3, sign)
+    low, high = row.get("intervals", {}).get(name, (None, None))
+    return text if low is None else f"{text} [{number(low, 3, sign)}, {number(high, 3, sign)}]"
+
+
+def with_intervals(rows, records):
+    """The method rows, each with the intervals that its notebook's record holds, {estimate: (low, high)}."""
+    found = {}
+    for entry in records:
+        for item in (entry["extra"] or {}).get("intervals", []):
+            known = found.setdefault((entry["notebook"], item["method"]), {})
+            known[item["estimate"]] = item["low"], item["high"]
+    return [row | {"intervals": found.get((row["notebook"], row["method"]), {})} for row in rows]
 
 
 def text_table(rows):
@@ -73,8 +90,11 @@ def title(path):
     return first.removeprefix("# ") if first.startswith("# ") else path.stem
 
 
-def write_html(folder, seconds, summary):
-    """A page for each executed notebook and index.html, whose path is returned; `seconds` is {notebook: time}."""
+def write_html(folder, seconds, rows, versions):
+    """A page for each executed notebook and index.html, whose path is returned.
+
+    seconds: {notebook: time}; rows: method rows; versions: {package: version}.
+    """
     # nbconvert's newer template drops the alternative texts of the figures; the classic one keeps them
     exporter = HTMLExporter(template_name="classic")
     links = []
@@ -85,10 +105,10 @@ def write_html(folder, seconds, summary):
         links.append(f'<li><a href="{html.escape(stem)}.html">{html.escape(title(path))}</a> ({minutes(taken)})</li>')
     methods = html_table(
         [heading for heading, _ in COLUMNS],
-        [[show(row) for _, show in COLUMNS] for row in summary["methods"]],
+        [[show(row) for _, show in COLUMNS] for row in rows],
         WORDS,
     )
-    versions = html_table(["", ""], [[name, str(value)] for name, value in summary["versions"].items()], 2)
+    packages = html_table(["", ""], [[name, str(value)] for name, value in versions.items()], 2)
     index = folder / "index.html"
     index.write_text(
         f"""<!DOCTYPE html>
@@ -103,10 +123,10 @@ browser takes from the network; everything else is in the files.</p>
 </ol>
 <h2>Methods</h2>
 <p>violation = cost - budget: positive breaks the constraint. gap: 0 % is the exact constrained optimum, 100 % the
-reference. A "-" is a value that is not available there.</p>
+reference. A "-" is a value that is not available there. [low, high] is a 95 % interval of a sampled estimate.</p>
 {methods}
 <h2>Versions</h2>
-{versions}
+{packages}
 </body>
 </html>
 """,

@@ -216,9 +216,13 @@ def place(path, source):
     return f"cell {sources.index(source) + 1} of {len(sources)}" if source in sources else "injected parameters"
 
 
-def summarise(folder):
+def read_records(folder):
+    """The records of a run, in the order of its notebooks."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("records/*.json"))]
+
+
+def summarise(folder, records):
     """Collect the records of a run into summary.json, and return it."""
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("records/*.json"))]
     summary = {
         "schema": 1,
         "versions": records[-1]["versions"] if records else record.versions(),
@@ -272,10 +276,12 @@ def main(argv=None, notebooks=None):
                 return 130
             print(f"{label}  {report.minutes(seconds[path.stem])}", flush=True)
 
-    summary = summarise(folder)
-    page = None if args.no_report else report.write_html(folder, seconds, summary)
+    records = read_records(folder)
+    summary = summarise(folder, records)
+    rows = report.with_intervals(summary["methods"], records)
+    page = None if args.no_report else report.write_html(folder, seconds, rows, summary["versions"])
     point_latest(folder)
-    print(f"\n{report.text_table(summary['methods'])}\n\n{page or folder / 'summary.json'}")
+    print(f"\n{report.text_table(rows)}\n\n{page or folder / 'summary.json'}")
     return 0
 
 

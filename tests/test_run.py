@@ -196,3 +196,23 @@ def test_coerce(value, default, annotation, expected):
 def test_coerce_refuses(value, default, annotation):
     with pytest.raises(ValueError):
         run.coerce(value, default, annotation)
+
+
+@pytest.mark.slow
+def test_real_notebooks_with_other_parameters(tmp_path, capsys, monkeypatch):
+    """Another seed, world, beta and budget: the notebooks' own checks hold, and the summary says what was asked."""
+    monkeypatch.setenv("CDPO_CACHE", str(tmp_path / "cache"))
+    asked = {"seed": 3, "n_objects": 6, "n_tools": 6, "beta": 0.7, "budget": 0.3, "n_pairs": 20_000}
+    typed = [text for name, value in asked.items() for text in ("-p", name, str(value))]
+    assert run.main(["--only", "00,02", "--out", str(tmp_path / "runs"), *typed]) == 0
+    out = capsys.readouterr().out
+    assert "dpo_harmless" in out and out.rstrip().endswith("index.html")
+    summary = json.loads((tmp_path / "runs" / "latest" / "summary.json").read_text())
+    assert set(summary) == {"schema", "versions", "parameters", "methods"} and summary["schema"] == 1
+    found = summary["parameters"]["02_reference_and_dpo"]
+    assert {name: found[name] for name in asked} == asked
+    rows = {(row["method"], row["split"]): row for row in summary["methods"]}
+    assert all(row["seed"] == 3 and row["budget"] == 0.3 for row in rows.values())
+    optimum, reference = rows["optimum", "train"], rows["reference", "train"]
+    assert abs(optimum["violation"]) < 1e-6 and optimum["gap"] < 1e-6 and reference["gap"] == pytest.approx(100)
+    assert rows["dpo_helpful", "train"]["reward"] > optimum["reward"] > reference["reward"]

@@ -1,0 +1,30 @@
+"""The results of a run for reading: numbers, their intervals, nothing that a browser would run."""
+
+from cdpo_utils import report
+
+ROW = {
+    "notebook": "06_two_stage_primal_dual", "method": "pd_dpo", "feedback": "learned", "split": "test", "lam": 0.5,
+    "reward": 1.25, "cost": -0.5, "violation": -0.5, "kl_ref": 0.25, "gap": None, "seconds": 12.0,
+}  # fmt: skip
+RECORD = {
+    "notebook": ROW["notebook"],
+    "extra": {"intervals": [{"method": "pd_dpo", "estimate": "violation", "mean": -0.5, "low": -0.75, "high": 0.125}]},
+}
+
+
+def test_an_interval_stands_beside_its_estimate_and_only_there():
+    (row,) = report.with_intervals([ROW], [RECORD, {"notebook": "04_c_dpo", "extra": None}])
+    heading, line = report.text_table([row]).splitlines()
+    assert "-0.500 [-0.750, +0.125]" in line and line.count("[") == 1
+    assert line.endswith("-     12.0"), "no gap where there is no truth"
+    (other,) = report.with_intervals([ROW | {"method": "reference"}], [RECORD])
+    assert "[" not in report.text_table([other])
+
+
+def test_texts_are_escaped_in_html():
+    table = report.html_table(["method"], [["<script>alert(1)</script>"]], 1)
+    assert "<script>" not in table and "&lt;script&gt;" in table
+
+
+def test_several_constraints_are_listed():
+    assert report.number([1.0, -0.5], 2, "+") == "+1.00, -0.50"
