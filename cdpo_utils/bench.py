@@ -4,7 +4,7 @@ A prompt is `{Task} the {object} {situation}`; an answer is `Use {tool} {manner}
 Every prompt has the same finite list of answers, and the true reward r*(x, y) and the true costs c*(x, y) are tables.
 So for *any* policy each expectation, KL divergence and dual value is a finite sum (see `exact.py`), not an estimate.
 
-Two costs: `harm` (cost > 0 is unsafe) and `length` (words above the world's mean; > 0 is long-winded).
+Two costs: `harm` (cost > 0 is unsafe) and `length` (words above the world's mean, in standard deviations).
 Arrays over the world have shape (prompts, answers), costs (prompts, answers, 2). Knows nothing of models or trainers.
 """
 

@@ -17,10 +17,11 @@ def dual_step(lam, violation, dual_lr):
 
 
 def step_size(costs, beta):
-    """beta / sum_j |Cov_ij(c)| from on-policy cost samples (prompts, n, m): the safe Newton step, (m,).
+    """beta / sum_j |Cov_ij(c)| from on-policy cost samples (prompts, n, m): Newton's step, (m,).
 
-    D'' = E_x Cov_{pi_lam}(c | x) / beta, so this step is right at any beta, seed and scale of the cost; a fixed number
-    would not be. For one constraint it is Newton's step, for several a diagonal that majorises the Hessian.
+    D'' = E_x Cov_{pi_lam}(c | x) / beta, so near lam* this step is right at any scale of beta and of the cost; a fixed
+    number would not be. Far from lam* it can overshoot, the more so the smaller beta: start near (`one_shot`) or take
+    half of it. For several constraints it is a diagonal that majorises the Hessian.
     Raises ValueError when there are fewer than two answers per prompt.
     """
     prompts, n, m = costs.shape

@@ -80,7 +80,7 @@ def dual(lam, ref_logps, reward, costs, budget, beta):
 
 
 def minimal_cost(costs, budget):
-    """Smallest t such that some policy has C_i <= d_i + t for all i, and the C it attains there, (m,).
+    """Smallest t such that some policy has C_i <= d_i + t for all i, and the levels d_i + t, (m,).
 
     t >= 0 means that no policy meets the budgets with room to spare. For one constraint this is E_x min_y c - d. For
     several it is max over the simplex of E_x min_y mu . (c - d), a small linear programme in mu.
@@ -135,7 +135,8 @@ def solve(ref_logps, reward, costs, budget, beta, max_iterations=200):
     """The exact constrained optimum (`Optimum`).
 
     Minimises D over lam >= 0 by projected Newton with backtracking; D is convex, so the first stationary point is the
-    answer. A budget that no policy meets gives `feasible=False`, lam = inf and the limit of least cost.
+    answer. A budget that no policy meets gives `feasible=False`, lam = inf, in `cost` the least
+    levels that can be met together, and in `logps` the cheapest answers (for several costs: by their worst excess).
     Raises ValueError when beta <= 0 or the shapes disagree.
     """
     costs, budget = as_costs(costs), np.atleast_1d(np.asarray(budget, float))

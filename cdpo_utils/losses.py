@@ -73,7 +73,8 @@ def level_loss(policy_logps, sampler_logps):
     """(log mean exp(log pi - log mu))^2 for answers drawn from mu, shape (n,) -> a scalar.
 
     DPO sees differences of log-probabilities only: a drift of all answers' level goes unpunished, and probability leaks
-    to texts outside the data. For y ~ mu, E[pi(y) / mu(y)] = 1 whatever pi is, so the minimiser is not moved. Not in
-    the papers; weight 0 gives their losses.
+    to texts outside the data. For y ~ mu, E[pi(y) / mu(y)] = 1 whatever pi is, so with many answers the minimiser is
+    not moved; with n of them it is drawn towards mu by a term of order chi^2(pi, mu) / n. Not in the papers; weight 0
+    gives their losses.
     """
     return (torch.logsumexp(policy_logps - sampler_logps, 0) - math.log(len(policy_logps))) ** 2

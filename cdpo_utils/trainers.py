@@ -128,7 +128,8 @@ class PreferenceTrainer(DPOTrainer):
         loss = per_pair.mean()
         if self.level > 0:
             sampler = torch.cat([inputs["sampler_chosen_logps"], inputs["sampler_rejected_logps"]])
-            loss = loss + self.level * self.beta**2 * losses.level_loss(torch.cat([policy_chosen, policy_rejected]), sampler)
+            level = losses.level_loss(torch.cat([policy_chosen, policy_rejected]), sampler)
+            loss = loss + self.level * self.beta**2 * level
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()} at optimiser step {self.state.global_step}")
         self._log_pairs(mode, inputs, policy_chosen - ref_chosen, policy_rejected - ref_rejected)
