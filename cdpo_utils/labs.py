@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from cdpo_utils import bench, data, evaluate, policies, record, trainers
@@ -79,13 +78,6 @@ class Bench:
             lambda prompts, answers: policies.score(cost_model, tokenizer, prompts, answers)[:, None],
             "learned",
         )
-
-    def table(self, scores):
-        """Scores(prompts, answers) -> (n, ...) of all training prompts and answers, as an array (P_train, A, ...)."""
-        prompts = [self.world.prompts[i] for i in self.world.train]
-        size = len(self.world.answers)
-        values = np.asarray(scores([p for p in prompts for _ in range(size)], self.world.answers * len(prompts)))
-        return values.reshape(len(prompts), size, *values.shape[1:])
 
 
 def make_bench(seed=0, n_pairs=120_000, **sizes):

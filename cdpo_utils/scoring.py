@@ -156,12 +156,16 @@ def expected_share(score):
     return float(sigmoid(score).mean())
 
 
+def table(made, scores, truth):
+    """scores(prompts, answers) -> (n, ...) of every prompt of `truth` and every answer of the bench: (P, A, ...)."""
+    answers, count = made.world.answers, len(truth.prompts)
+    values = np.asarray(scores([p for p in truth.prompts for _ in answers], answers * count))
+    return values.reshape(count, len(answers), *values.shape[1:])
+
+
 def tables(made, feedback, truth):
-    """Learned reward (P, A) and cost (P, A, m) of every prompt of `truth` and every answer of the bench."""
-    size = len(made.world.answers)
-    texts = [p for p in truth.prompts for _ in range(size)], made.world.answers * len(truth.prompts)
-    reward, costs = np.asarray(feedback.reward(*texts)), np.asarray(feedback.costs(*texts))
-    return reward.reshape(-1, size), costs.reshape(len(truth.prompts), size, -1)
+    """Learned reward (P, A) and costs (P, A, m), see `table`."""
+    return table(made, feedback.reward, truth), table(made, feedback.costs, truth)
 
 
 def agreement(learned, true, ref_logps):
