@@ -164,7 +164,7 @@ def test_scorers_train_are_cached_and_leave_the_base_alone(made, monkeypatch):
     before = {n: t.clone() for n, t in made.backbone.items()}
     first = made.scorers()
     assert all(torch.equal(before[n], t) for n, t in made.backbone.items())
-    monkeypatch.setattr(real.trainers, "train_scores", lambda *a, **k: pytest.fail("should come from the cache"))
+    monkeypatch.setattr(labs.trainers, "train_scores", lambda *a, **k: pytest.fail("should come from the cache"))
     second = made.scorers()
     for a, b in zip(first, second, strict=True):
         kept, found = policies.snapshot(a), policies.snapshot(b)
