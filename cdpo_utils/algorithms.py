@@ -97,7 +97,7 @@ class Schedule:
     steps: int = 300  # optimiser steps of a plain DPO training, and of the first round of a dual loop
     round_steps: int = 150  # optimiser steps of each further round
     batch_size: int = 64  # pairs
-    lr: float = 5e-3  # peak learning rate of the first round's cosine schedule; round k has lr / k
+    lr: float = 5e-3  # peak learning rate of the first round's cosine schedule; the k-th round has lr / k
     level: float = 0.03  # weight of losses.level_loss, in units of beta^2
     seed: int = 0
 
