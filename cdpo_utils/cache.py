@@ -34,9 +34,14 @@ def key_of(settings):
     return digest.hexdigest()[:20]
 
 
+def entry(name, settings):
+    """The path where the weights of `name` made with `settings` are, or will be, kept."""
+    return cache_dir() / f"{name}-{key_of(settings)}.safetensors"
+
+
 def cached_weights(name, settings, model, train):
     """Give `model` its trained weights: from the cache, or by `train(model)`, which is then kept. Returns the model."""
-    path = cache_dir() / f"{name}-{key_of(settings)}.safetensors"
+    path = entry(name, settings)
     try:
         blob = path.read_bytes()
         checksum, body = blob[:64], blob[64:]

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from cdpo_utils import bench, data, evaluate, policies, record, trainers
+from cdpo_utils import bench, data, evaluate, policies, record, trainers, workers
 from cdpo_utils.algorithms import Feedback, Lab
-from cdpo_utils.cache import cached_weights
+from cdpo_utils.cache import cached_weights, entry
 
 SFT = {"n": 40_000, "steps": 1200, "batch_size": 64, "lr": 5e-3}  # demonstrations and optimiser of the reference
 SCORER = {"width": 32, "batch_size": 64, "lr": 3e-3}  # narrower than the policy: label noise is the limit, not capacity
@@ -57,17 +57,22 @@ class Bench:
         """Exact metrics of a policy on a split."""
         return evaluate.evaluate(policy, self.lab.tokenizer, self.world, truth)
 
+    def _scorer_settings(self):
+        return {"seed": self.seed, "sizes": self.sizes, "n_pairs": len(self.frame), **SCORER}
+
     def scorer(self, kind):
         """The "reward" or the "cost" model, trained on one pass over the labels (cached)."""
         model = policies.small_scorer(self.lab.tokenizer, self.seed + SCORERS.index(kind) + 1, SCORER["width"])
-        settings = {"seed": self.seed, "sizes": self.sizes, "n_pairs": len(self.frame), **SCORER}
         steps = len(self.frame) // SCORER["batch_size"]
         return cached_weights(
-            kind, settings, model, lambda m: train_scorer(self, m, kind, steps, SCORER["batch_size"], SCORER["lr"])
-        )
+            kind, self._scorer_settings(), model,
+            lambda m: train_scorer(self, m, kind, steps, SCORER["batch_size"], SCORER["lr"]),
+        )  # fmt: skip
 
     def scorers(self):
-        """Reward model and cost model."""
+        """Reward model and cost model; where neither is cached they are trained side by side."""
+        if not any(entry(kind, self._scorer_settings()).exists() for kind in SCORERS):
+            workers.side_by_side(_fill_cache, [(self.seed, len(self.frame), self.sizes, kind) for kind in SCORERS])
         return tuple(map(self.scorer, SCORERS))
 
     def learned_feedback(self, reward_model, cost_model):
@@ -96,6 +101,10 @@ def make_bench(seed=0, n_pairs=120_000, **sizes):
     frame.attrs["source"] = "bench"
     account = f"bench, seed {seed}: {n_pairs} pairs drawn on {len(world.train)} training prompts, none dropped"
     return Bench(world, lab, frame, account, sizes)
+
+
+def _fill_cache(seed, n_pairs, sizes, kind):
+    make_bench(seed, n_pairs, **sizes).scorer(kind)
 
 
 def train_scorer(made, model, kind, steps, batch_size, lr):

@@ -1,19 +1,13 @@
 """Every method of the series on the bench, as notebooks 02 to 06 run it; for the comparison of notebook 07.
 
-A run that a notebook has recorded with the same parameters is read from its record; what is missing is trained here,
-two processes side by side with one thread each, which on two cores beats one process with two.
+A run that a notebook has recorded with the same parameters is read from its record; what is missing is trained here.
 """
 
 import json
-import multiprocessing
-import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import torch
-
-from cdpo_utils import algorithms, dual, evaluate, labs, record
+from cdpo_utils import algorithms, dual, evaluate, labs, record, workers
 
 HARD_LABEL_STEPS = {"06_two_stage_primal_dual": 1.2}  # hard labels are noisier than soft ones: more steps
 RUNS = (  # (method, feedback), in the order of cost, dearest first
@@ -98,12 +92,6 @@ def train_pd_dpo(made, beta, budget, steps, labels=16):
     )  # fmt: skip
 
 
-def _worker(cache):
-    torch.set_num_threads(1)
-    if cache:
-        os.environ["CDPO_CACHE"] = cache
-
-
 def complete(settings, folder=None):
     """All RUNS: recorded ones from their records, the missing ones trained; ({key: (rows, rounds)}, trained keys)."""
     runs = recorded(settings, folder)
@@ -112,8 +100,6 @@ def complete(settings, folder=None):
         made = labs.open_lab(**{name: settings[name] for name in ("seed", "n_pairs", "n_objects", "n_tools")})
         if ("c_dpo", "learned") in missing or ("dual_descent", "learned") in missing:
             made.scorers()  # once, into the cache, before two processes both want them
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(2, context, _worker, (os.environ.get("CDPO_CACHE"),)) as pool:
-            jobs = {key: pool.submit(train, *key, settings) for key in missing}
-            runs.update({key: job.result() for key, job in jobs.items()})
+        trained = workers.side_by_side(train, [(*key, settings) for key in missing])
+        runs.update(zip(missing, trained, strict=True))
     return {key: runs[key] for key in RUNS}, missing

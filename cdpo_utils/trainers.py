@@ -13,14 +13,14 @@ from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference as PairCollatorBase
-from trl.trainer.reward_trainer import DataCollatorForPreference as ScoreCollatorBase
 
 from cdpo_utils import losses
+from cdpo_utils.logprobs import pad
 from cdpo_utils.policies import encode_answers, encode_prompts
 
 disable_progress_bars()  # a bar per column of a pair table would drown a notebook
 
+REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 PAIR_COLUMNS = ("pref_prob", "sampler_chosen_logps", "sampler_rejected_logps")
 SIGN_COLUMNS = ("chosen_sign", "rejected_sign")
 
@@ -69,15 +69,28 @@ def run_steps(trainer, steps, seed, lr=None):
 
 
 @dataclass
-class PairCollator(PairCollatorBase):
-    """TRL's collator, which also carries the per-pair columns that the loss needs."""
+class PairCollator:
+    """TRL's batch of pairs: chosen above rejected, padded on the right, float `columns` as vectors.
 
-    pair_columns: tuple = ()
+    With `prompt_ids` in the rows it stands before both answers and completion_mask marks the answers; without, as for
+    scorers, rows hold whole sequences. TRL's own collators make three tensors per sequence, a fifth of a step here.
+    """
 
-    def torch_call(self, examples):
-        batch = super().torch_call(examples)
-        for name in self.pair_columns:
-            batch[name] = torch.tensor([float(e[name]) for e in examples], dtype=torch.float32)
+    pad_id: int
+    columns: tuple = ()
+    max_length: int | None = None
+
+    def __call__(self, rows):
+        prompts = [row.get("prompt_ids", []) for row in rows] * 2
+        answers = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+        sequences = [(p + a)[: self.max_length] for p, a in zip(prompts, answers, strict=True)]
+        ids, mask = pad(sequences, self.pad_id, side="right")
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if "prompt_ids" in rows[0]:
+            starts = torch.tensor([len(p) for p in prompts])
+            batch["completion_mask"] = mask * (torch.arange(mask.shape[1]) >= starts[:, None])
+        for name in self.columns:
+            batch[name] = torch.tensor([float(row[name]) for row in rows], dtype=torch.float32)
         return batch
 
 
@@ -154,8 +167,8 @@ class PreferenceTrainer(DPOTrainer):
 def preference_trainer(model, tokenizer, dataset, beta, batch_size, lr, seed, level=0.0, max_length=None):
     """A `PreferenceTrainer` over `pair_dataset` rows; train it, in one go or in rounds, with `run_steps`."""
     args = _arguments(DPOConfig, batch_size, lr, seed, beta=beta, max_length=max_length, precompute_ref_log_probs=True)
-    columns = PAIR_COLUMNS if level > 0 else PAIR_COLUMNS[:1]
-    collator = PairCollator(tokenizer.pad_token_id, max_length=max_length, pair_columns=columns)
+    columns = REF_COLUMNS + (PAIR_COLUMNS if level > 0 else PAIR_COLUMNS[:1])
+    collator = PairCollator(tokenizer.pad_token_id, columns, max_length)
     trainer = PreferenceTrainer(
         model=model, args=args, processing_class=tokenizer, train_dataset=dataset, data_collator=collator, level=level
     )
@@ -172,27 +185,14 @@ def train_sft(model, tokenizer, prompts, answers, steps, batch_size, lr, seed, m
     dataset = Dataset.from_dict(
         {
             "input_ids": [p + a for p, a in zip(prompt_ids, answer_ids, strict=True)],
-            "completion_mask": [[0] * len(p) + [1] * len(a) for p, a in zip(prompt_ids, answer_ids, strict=True)],
+            "labels": [[-100] * len(p) + a for p, a in zip(prompt_ids, answer_ids, strict=True)],
         }
     )
-    args = _arguments(SFTConfig, batch_size, lr, seed, max_length=max_length, completion_only_loss=True)
+    args = _arguments(SFTConfig, batch_size, lr, seed, max_length=max_length)
     trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=dataset)
     trainer.remove_callback(PrinterCallback)
     run_steps(trainer, steps, seed)
     return trainer.state.log_history
-
-
-@dataclass
-class ScoreCollator(ScoreCollatorBase):
-    """TRL's reward collator, which also carries the safety signs."""
-
-    sign_columns: tuple = ()
-
-    def torch_call(self, examples):
-        batch = super().torch_call(examples)
-        for name in self.sign_columns:
-            batch[name] = torch.tensor([float(e[name]) for e in examples], dtype=torch.float32)
-        return batch
 
 
 class CostTrainer(RewardTrainer):
@@ -227,7 +227,7 @@ def train_scores(model, tokenizer, prompts, chosen, rejected, steps, batch_size,
     kind, names = (RewardTrainer, ()) if signs is None else (CostTrainer, SIGN_COLUMNS)
     trainer = kind(
         model=model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_dict(columns),
-        data_collator=ScoreCollator(tokenizer.pad_token_id, sign_columns=names),
+        data_collator=PairCollator(tokenizer.pad_token_id, names),
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     run_steps(trainer, steps, seed)

@@ -6,7 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
+from trl.trainer import dpo_trainer, reward_trainer
 
 from cdpo_utils import losses, policies, trainers
 from cdpo_utils.algorithms import Schedule
@@ -173,7 +173,7 @@ def test_two_small_batches_accumulated_are_one_of_twice_the_size(tokenizer, refe
         rows = rows_of(reference, tokenizer, texts, 0.7)
         args = trainers._arguments(DPOConfig, size, 1e-2, 0, beta=BETA, precompute_ref_log_probs=True,
                                    gradient_accumulation_steps=accumulate)  # fmt: skip
-        collator = trainers.PairCollator(tokenizer.pad_token_id, pair_columns=("pref_prob",))
+        collator = trainers.PairCollator(tokenizer.pad_token_id, ("pref_prob", *trainers.REF_COLUMNS))
         trainer, watch = watched(
             trainers.PreferenceTrainer(
                 model=policies.small_llama(tokenizer, seed=5, width=32), args=args, processing_class=tokenizer,
@@ -279,9 +279,25 @@ def test_what_we_override_exists():
         assert callable(getattr(DPOTrainer, name, None)), name
     for name in ("compute_loss", "_set_signature_columns_if_needed"):
         assert callable(getattr(RewardTrainer, name, None)), name
-    for collator in (trainers.PairCollatorBase, trainers.ScoreCollatorBase):
-        assert callable(getattr(collator, "torch_call", None))
-    assert trainers.PairCollatorBase is DataCollatorForPreference is not trainers.ScoreCollatorBase
+
+
+@pytest.mark.parametrize("max_length", [None, 7])
+def test_the_batch_is_the_one_of_trl(tokenizer, texts, max_length):
+    columns = {name: np.linspace(-3, 0, 32) for name in trainers.REF_COLUMNS}
+    rows = list(trainers.pair_dataset(tokenizer, *texts, **columns))
+    mine = trainers.PairCollator(tokenizer.pad_token_id, trainers.REF_COLUMNS, max_length)(rows)
+    theirs = dpo_trainer.DataCollatorForPreference(tokenizer.pad_token_id, max_length)(rows)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert max_length is None or mine["input_ids"].shape[1] == max_length
+
+
+def test_the_batch_of_scorers_is_the_one_of_trl(tokenizer, texts):
+    _, chosen, rejected = (policies.encode_answers(tokenizer, t) for t in texts)
+    rows = [{"chosen_ids": a, "rejected_ids": b, "margin": 0.5} for a, b in zip(chosen, rejected, strict=True)]
+    mine = trainers.PairCollator(tokenizer.pad_token_id, ("margin",))(rows)
+    theirs = reward_trainer.DataCollatorForPreference(tokenizer.pad_token_id)(rows)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def test_each_text_is_tokenised_once(tokenizer, world):
