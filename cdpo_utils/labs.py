@@ -8,7 +8,7 @@ from cdpo_utils import bench, data, evaluate, policies, record, trainers, worker
 from cdpo_utils.algorithms import Feedback, Lab
 from cdpo_utils.cache import cached_weights, entry
 
-SFT = {"n": 40_000, "steps": 1200, "batch_size": 64, "lr": 5e-3}  # demonstrations and optimiser of the reference
+SFT = {"n": 40_000, "steps": 800, "batch_size": 64, "lr": 5e-3}  # demonstrations and optimiser of the reference
 SCORER = {"width": 32, "batch_size": 64, "lr": 3e-3}  # narrower than the policy: label noise is the limit, not capacity
 SCORERS = ("reward", "cost")
 MAX_NEW_TOKENS = 10  # the longest answer has 7 words and its end

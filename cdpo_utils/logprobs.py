@@ -54,7 +54,7 @@ def response_logps(model, prompt_ids, response_ids, pad_id=0, batch_tokens=16384
         is_response = mask * (torch.arange(mask.shape[1]) >= starts[:, None])
         ids, mask, is_response = (t.to(model.device) for t in (ids, mask, is_response))
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        logps = _token_logps(logits, ids[:, 1:])
+        logps = token_logps(logits, ids[:, 1:])
         out[rows] = (logps * is_response[:, 1:]).sum(1).float().cpu().numpy()
     model.train(was_training)
     return out
@@ -69,7 +69,7 @@ def cached_logps(model, prompt_ids, answer_ids, cache):
     return np.array([cache[key] for key in keys])
 
 
-def _token_logps(logits, ids):
+def token_logps(logits, ids):
     """log softmax(logits)[ids] without storing the whole log-softmax: (batch, length)."""
     return logits.gather(-1, ids[..., None]).squeeze(-1) - torch.logsumexp(logits, -1)
 

@@ -8,7 +8,7 @@ from peft import PeftModel
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from cdpo_utils.logprobs import token_batches
+from cdpo_utils.logprobs import pad, token_batches
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} "
@@ -152,8 +152,8 @@ def score(model, tokenizer, prompts, answers, batch_tokens=32768):
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     scores = {}
     for batch in token_batches(order, [len(x) for x in ids], batch_tokens):
-        padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="right", return_tensors="pt")
-        out = model(**padded.to(model.device), use_cache=False).logits.squeeze(-1).double().cpu().numpy()
+        padded, mask = (t.to(model.device) for t in pad([ids[i] for i in batch], tokenizer.pad_token_id, side="right"))
+        out = model(input_ids=padded, attention_mask=mask, use_cache=False).logits.squeeze(-1).double().cpu().numpy()
         scores.update(zip((rows[i] for i in batch), out, strict=True))
     model.train(was_training)
     return np.array([scores[row] for row in zip(prompts, answers, strict=True)])

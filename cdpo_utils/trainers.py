@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from cdpo_utils import losses
-from cdpo_utils.logprobs import pad
+from cdpo_utils.logprobs import pad, token_logps
 from cdpo_utils.policies import encode_answers, encode_prompts
 
 disable_progress_bars()  # a bar per column of a pair table would drown a notebook
@@ -94,6 +94,25 @@ class PairCollator:
         return batch
 
 
+def _answer_logps(model, ids, attention_mask, completion_mask):
+    """The model's output and the summed log-probabilities (n,) of the tokens under completion_mask.
+
+    TRL's fused head computes them without keeping the logits, at the price of a second pass over the head; where logits
+    are no larger than the hidden states, as on the bench, that saves nothing and costs a third of a step.
+    """
+    width = completion_mask.shape[1] - 1  # slices of this width drop virtual tokens that prompt-learning prepends
+    if model.config.vocab_size <= model.config.hidden_size:
+        out = model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+        logps = token_logps(out.logits[:, -width - 1 : -1].float(), ids[:, 1:]) * completion_mask[:, 1:]
+    else:
+        labels = ids.masked_fill(completion_mask == 0, -100)
+        out = model(
+            input_ids=ids, attention_mask=attention_mask, use_cache=False, labels=labels, fused_lm_head=True
+        )  # fmt: skip
+        logps = out.log_probs[:, -width:]  # 0 where masked
+    return out, logps.sum(1)
+
+
 class PreferenceTrainer(DPOTrainer):
     """DPO with a probability per pair (`losses.soft_dpo_loss`) and cached reference log-probabilities.
 
@@ -126,14 +145,8 @@ class PreferenceTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
-        mask = inputs["completion_mask"]
-        labels = inputs["input_ids"].masked_fill(mask == 0, -100)
-        out = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, labels=labels,
-            fused_lm_head=True,
-        )  # fmt: skip
-        # Masked positions have log-probability 0; the slice drops the virtual tokens that prompt-learning prepends.
-        policy_chosen, policy_rejected = out.log_probs[:, -(mask.shape[1] - 1) :].sum(1).chunk(2)
+        out, logps = _answer_logps(model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
+        policy_chosen, policy_rejected = logps.chunk(2)
         ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         per_pair = losses.soft_dpo_loss(
             policy_chosen, policy_rejected, ref_chosen, ref_rejected, self.beta, inputs["pref_prob"]

@@ -186,6 +186,23 @@ def test_two_small_batches_accumulated_are_one_of_twice_the_size(tokenizer, refe
     assert_same_weights(made[0][0], made[1][0])
 
 
+def test_both_ways_to_the_logps_agree_in_value_and_gradient(ours, monkeypatch):
+    """The head over stored logits (small vocabularies) and TRL's fused one, which recomputes them."""
+    trainer, _ = ours()
+    model, batch = trainer.model, trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    arguments = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
+    seen = []
+    for vocabulary, kept in ((1, True), (10**6, False)):
+        monkeypatch.setattr(model.config, "vocab_size", vocabulary)
+        out, logps = trainers._answer_logps(model, *arguments)
+        assert (getattr(out, "logits", None) is not None) == kept
+        model.zero_grad()
+        (logps * torch.arange(16.0)).sum().backward()
+        seen.append((logps.detach(), model.model.embed_tokens.weight.grad.clone()))
+    assert torch.allclose(seen[0][0], seen[1][0], atol=1e-4) and torch.allclose(seen[0][1], seen[1][1], atol=1e-3)
+    assert seen[0][1].abs().max() > 0.1
+
+
 def test_padding_changes_nothing(ours, texts, tokenizer):
     trainer, _ = ours()
     inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
