@@ -1,6 +1,7 @@
 """Tokenizers and models: the bench's small Llama, a pretrained model with LoRA, and sampling from either."""
 
 import contextlib
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.
         out = model.generate(
             **batch.to(model.device), do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
             num_return_sequences=n, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id, use_cache=True,  # trainers switch it off in the model's config
         )[:, batch["input_ids"].shape[1] :]  # fmt: skip
         answers = [_until(row, tokenizer.eos_token_id) for row in out.tolist()]
         decoded = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
@@ -113,7 +114,7 @@ def as_reference(model):
 def clean_copy(model):
     """An independent model with equal weights. Not `deepcopy`: TRL replaces `forward` on the instances it trains, and a
     deep copy would carry that function along, still bound to the original's weights."""
-    copy = type(model)(model.config)
+    copy = type(model)(deepcopy(model.config))  # trainers change the configuration too
     copy.load_state_dict(model.state_dict())
     return copy.to(model.device, model.dtype)
 
