@@ -77,12 +77,7 @@ class Bench:
 
     def learned_feedback(self, reward_model, cost_model):
         """Trained scorers as feedback, one constraint."""
-        tokenizer = self.lab.tokenizer
-        return Feedback(
-            lambda prompts, answers: policies.score(reward_model, tokenizer, prompts, answers),
-            lambda prompts, answers: policies.score(cost_model, tokenizer, prompts, answers)[:, None],
-            "learned",
-        )
+        return trained_feedback(self.lab.tokenizer, reward_model, cost_model)
 
 
 def make_bench(seed=0, n_pairs=120_000, **sizes):
@@ -117,6 +112,16 @@ def train_scorer(made, model, kind, steps, batch_size, lr):
         model, made.lab.tokenizer, pairs.prompt, *(pairs[side] for side in sides), steps, batch_size, lr, made.seed,
         signs=signs, max_length=made.lab.max_length,
     )  # fmt: skip
+
+
+def trained_feedback(tokenizer, reward_model, cost_model, batch_tokens=32768):
+    """Trained scorers as feedback, one constraint. In its life each text is scored once."""
+    known = {}, {}
+    return Feedback(
+        lambda *texts: policies.score(reward_model, tokenizer, *texts, batch_tokens, known[0]),
+        lambda *texts: policies.score(cost_model, tokenizer, *texts, batch_tokens, known[1])[:, None],
+        "learned",
+    )
 
 
 def oracle_feedback(made, constraints=(0,)):

@@ -141,20 +141,26 @@ def reset_adapter(model):
 
 
 @torch.no_grad()
-def score(model, tokenizer, prompts, answers, batch_tokens=32768):
-    """Scalar-head scores of (prompt, answer) texts, float64 numpy (n,). Each distinct row is run once."""
+def score(model, tokenizer, prompts, answers, batch_tokens=32768, known=None):
+    """Scalar-head scores of (prompt, answer) texts, float64 numpy (n,). Each distinct row is run once, and not at all
+    where the dict `known` holds its score; new scores are added to it."""
+    known = {} if known is None else known
+    rows = [row for row in dict.fromkeys(zip(prompts, answers, strict=True)) if row not in known]
+    if rows:
+        _score_rows(model, tokenizer, rows, batch_tokens, known)
+    return np.array([known[row] for row in zip(prompts, answers, strict=True)])
+
+
+def _score_rows(model, tokenizer, rows, batch_tokens, known):
     was_training = model.training
     model.eval()
-    rows = list(dict.fromkeys(zip(prompts, answers, strict=True)))
     unique = [list(dict.fromkeys(texts)) for texts in zip(*rows, strict=True)]
     prompt_ids = dict(zip(unique[0], encode_prompts(tokenizer, unique[0]), strict=True))
     answer_ids = dict(zip(unique[1], encode_answers(tokenizer, unique[1]), strict=True))
     ids = [prompt_ids[p] + answer_ids[a] for p, a in rows]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    scores = {}
     for batch in token_batches(order, [len(x) for x in ids], batch_tokens):
         padded, mask = (t.to(model.device) for t in pad([ids[i] for i in batch], tokenizer.pad_token_id, side="right"))
         out = model(input_ids=padded, attention_mask=mask, use_cache=False).logits.squeeze(-1).double().cpu().numpy()
-        scores.update(zip((rows[i] for i in batch), out, strict=True))
+        known.update(zip((rows[i] for i in batch), out, strict=True))
     model.train(was_training)
-    return np.array([scores[row] for row in zip(prompts, answers, strict=True)])

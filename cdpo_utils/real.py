@@ -19,11 +19,11 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from cdpo_utils import data, evaluate, policies, record
-from cdpo_utils.algorithms import Feedback, Lab, Samples
+from cdpo_utils.algorithms import Lab, Samples
 from cdpo_utils.cache import cached_weights
 from cdpo_utils.data import DataError
 from cdpo_utils.fetch import model_folder
-from cdpo_utils.labs import SCORERS, train_scorer
+from cdpo_utils.labs import SCORERS, train_scorer, trained_feedback
 from cdpo_utils.logprobs import response_logps
 
 HUB = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -160,12 +160,7 @@ class Real:
 
     def learned_feedback(self, reward_model, cost_model):
         """Trained scorers as feedback, one constraint."""
-        tokenizer = self.lab.tokenizer
-        return Feedback(
-            lambda prompts, answers: policies.score(reward_model, tokenizer, prompts, answers, FORWARD_TOKENS),
-            lambda prompts, answers: policies.score(cost_model, tokenizer, prompts, answers, FORWARD_TOKENS)[:, None],
-            "learned",
-        )
+        return trained_feedback(self.lab.tokenizer, reward_model, cost_model, FORWARD_TOKENS)
 
     def judge(self, candidates, feedback, budget, notebook, samples=2, seconds=None, descents=None):
         """Estimates on held-out prompts, from `samples` answers each. Returns (method rows, intervals).
