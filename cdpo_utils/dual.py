@@ -20,8 +20,8 @@ def step_size(costs, beta):
     """beta / sum_j |Cov_ij(c)| from on-policy cost samples (prompts, n, m): Newton's step, (m,).
 
     D'' = E_x Cov_{pi_lam}(c | x) / beta, so near lam* this step is right at any scale of beta and of the cost; a fixed
-    number would not be. Far from lam* it can overshoot, the more so the smaller beta: start near (`one_shot`) or take
-    half of it. For several constraints it is a diagonal that majorises the Hessian.
+    number would not be. Far from lam* it can overshoot, the more so the smaller beta: start near (`one_shot`), and see
+    `bracketed`. For several constraints it is a diagonal that majorises the Hessian.
     Raises ValueError when there are fewer than two answers per prompt.
     """
     prompts, n, m = costs.shape
@@ -97,14 +97,25 @@ def settled(rounds, tolerance, patience):
     return len(rounds) >= patience and all(map(met, rounds[-patience:]))
 
 
+def bracketed(lam, rounds, tolerance):
+    """The next multiplier lam (1,), or the middle of what is known to hold lam* where lam lies outside of it.
+
+    For one constraint. D is convex, so a multiplier whose policy overspent by more than `tolerance` was too small, one
+    whose policy underspent too large: once both were seen, Newton's step cannot swing from side to side for ever.
+    """
+    low = max((r["lam"][0] for r in rounds if r["violation"][0] > tolerance), default=np.inf)
+    high = min((r["lam"][0] for r in rounds if r["violation"][0] < -tolerance), default=-np.inf)
+    return lam if low >= high or low < lam[0] < high else np.array([(low + high) / 2])
+
+
 def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tolerance=0.05, patience=2, lowest=None):
     """Dual descent: alternate approximate Lagrangian maximisation and projected dual steps.
 
     maximise(lam, k) trains the policy for multiplier lam (m,) in round k and returns its optimiser steps; measure(k)
     returns cost samples of the current policy, (prompts, n, m), NaN where unjudged, and a dict for the record.
-    `dual_lr` is in units of `step_size`: 1 is Newton's step. From the fifth step on it is divided by 2, 3, ...
-    (Robbins-Monro), so that sampling noise averages out. Stops when `settled`, or after max_rounds, reported as not
-    converged.
+    `dual_lr` is in units of `step_size`: 1 is Newton's step, for one constraint `bracketed`. From the fifth step on it
+    is divided by 2, 3, ... (Robbins-Monro), so that sampling noise averages out. Stops when `settled`, or after
+    max_rounds, reported as not converged.
 
     `lowest` (m,), where known, is the smallest attainable cost: a budget below it is reported, not chased.
     """
@@ -125,4 +136,5 @@ def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tol
             return Descent(lam, rounds, True, f"violation within {tolerance} for {patience} rounds")
         if k + 1 < max_rounds:
             lam = dual_step(lam, violation, dual_lr / max(1, k - 2) * step_size(costs, beta))
+            lam = bracketed(lam, rounds, tolerance) if len(lam) == 1 else lam
     return Descent(lam, rounds, False, f"not settled within {max_rounds} rounds")

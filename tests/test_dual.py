@@ -220,6 +220,34 @@ def test_descend_reaches_the_exact_multiplier(beta, seed):
     assert found.steps == 10 * len(found.rounds) and "within 0.001 for 2 rounds" in found.message
 
 
+def test_bracketed_by_hand():
+    def seen(*pairs):
+        return [{"lam": [lam], "violation": [violation]} for lam, violation in pairs]
+
+    too_small, too_large = (0.2, 0.5), (1.0, -0.3)
+    assert dual.bracketed(np.array([3.0]), seen(too_small, too_large), 0.1) == pytest.approx([0.6])  # outside: middle
+    assert dual.bracketed(np.array([0.1]), seen(too_small, too_large), 0.1) == pytest.approx([0.6])
+    assert dual.bracketed(np.array([0.7]), seen(too_small, too_large), 0.1) == pytest.approx([0.7])  # inside: as it is
+    assert dual.bracketed(np.array([3.0]), seen(too_small), 0.1) == pytest.approx([3.0])  # one side seen only
+    assert dual.bracketed(np.array([0.0]), seen(too_large), 0.1) == pytest.approx([0.0])
+    # noise is no side, and sides that contradict each other bracket nothing
+    assert dual.bracketed(np.array([3.0]), seen(too_small, (1.0, -0.05)), 0.1) == pytest.approx([3.0])
+    assert dual.bracketed(np.array([3.0]), seen((1.2, 0.5), too_large), 0.1) == pytest.approx([3.0])
+
+
+def test_newton_does_not_swing_from_side_to_side_for_ever(monkeypatch):
+    """A small beta: the dual is nearly a kink, and Newton's step from one side lands far out on the other."""
+
+    def loop():
+        world = Analytic(0.1, seed=2)
+        found = world.descend(0.4, max_rounds=8, tolerance=0.02)
+        return abs(found.rounds[-1]["violation"][0])
+
+    safe = loop()
+    monkeypatch.setattr(dual, "bracketed", lambda lam, rounds, tolerance: lam)
+    assert safe < 0.1 < loop()
+
+
 def test_descend_from_above_comes_down():
     world = Analytic(1.0)
     found = world.descend(0.4, lam=3.0, max_rounds=30, tolerance=1e-3)
