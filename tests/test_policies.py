@@ -120,6 +120,20 @@ def test_a_clean_copy_is_independent_even_of_a_model_that_trl_has_trained(world,
     assert np.array_equal(response_logps(reference, *rows), before[0]) and fingerprint(reference) == before[1]
     assert not np.allclose(response_logps(copy, *rows), before[0]), "its forward sees its own weights"
     assert copy.lm_head.weight is copy.model.embed_tokens.weight, "tied, as the original"
+    assert copy.config is not reference.config, "a trainer that changes one leaves the other alone"
+
+
+def test_sampling_keeps_keys_and_values_whatever_a_trainer_left_in_the_config(world, tokenizer, reference):
+    """Without them each new token costs a pass over all earlier ones, four times the time on the bench."""
+    prompts, answers = [world.prompts[0]] * 8, world.answers[:8]
+    trainers.train_sft(reference, tokenizer, prompts, answers, 1, 4, 1e-3, 0)
+    reference.generation_config.use_cache = reference.config.use_cache = False
+    widths = []
+    reference.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    policies.sample(reference, tokenizer, policies.encode_prompts(tokenizer, prompts[:1]), 4, 0, 6)
+    assert len(widths) > 1 and set(widths[1:]) == {1}
 
 
 def test_the_reference_inside_a_model(world, tokenizer, reference, lora_lab):
@@ -165,3 +179,7 @@ def test_each_distinct_row_is_scored_once(world, tokenizer):
     )
     found = policies.score(model, tokenizer, world.prompts[:2] * 50, world.answers[:2] * 50)
     assert sum(rows) == 2 and len(found) == 100 and model.training
+    known = {}
+    policies.score(model, tokenizer, world.prompts[:1], world.answers[:1], known=known)
+    again = policies.score(model, tokenizer, world.prompts[:2], world.answers[:2], known=known)
+    assert sum(rows) == 4 and len(known) == 2 and np.allclose(again, found[:2], atol=1e-6), "one row is known already"
