@@ -4,9 +4,11 @@ A model as small as the bench's keeps one thread busy and a second one half idle
 thread each finish sooner than one process of two.
 """
 
+import contextlib
 import importlib
 import json
 import os
+import queue
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,30 +17,65 @@ PROCESSES = 2
 
 
 def side_by_side(function, calls):
-    """[function(*call) for call in calls], two at a time. `function` is one of a module of this package; arguments and
-    results are JSON values. Raises RuntimeError with the last line of a call that failed.
+    """[function(*call) for call in calls], two at a time. `function` is one of a module; arguments and results are JSON
+    values. Raises RuntimeError, in one line, for a call that failed.
 
     Not multiprocessing, which would run a caller's script once more in every process.
     """
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        return list(pool.map(lambda call: _run(function, call), calls))
+    command = [sys.executable, "-m", "cdpo_utils.workers"]
+    idle = queue.SimpleQueue()
+    with contextlib.ExitStack() as stack:
+        for _ in range(min(PROCESSES, len(calls))):
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            worker = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
+            stack.callback(_close, worker.stdin)  # the end of its input ends a worker
+            idle.put(worker)
+
+        def run(call):
+            worker = idle.get()
+            try:
+                return _ask(worker, function, call)
+            finally:
+                idle.put(worker)
+
+        with ThreadPoolExecutor(PROCESSES) as pool:
+            return list(pool.map(run, calls))
 
 
-def _run(function, call):
-    command = [sys.executable, "-m", "cdpo_utils.workers", function.__module__, function.__name__, json.dumps(call)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise RuntimeError(f"{function.__name__}{tuple(call)} in a process of its own: {last}")
-    return json.loads(done.stdout.splitlines()[-1])
+def _close(pipe):
+    with contextlib.suppress(BrokenPipeError):
+        pipe.close()
 
 
-def _main(module, name, call):
-    import torch  # only here: the parent has it already
+def _ask(worker, function, call):
+    name = f"{function.__name__}{tuple(call)} in a process of its own"
+    try:
+        print(json.dumps([function.__module__, function.__name__, call]), file=worker.stdin, flush=True)
+        answer = worker.stdout.readline()
+    except BrokenPipeError:
+        answer = ""
+    if not answer:
+        raise RuntimeError(f"{name}: the process ended with status {worker.wait()}")
+    answer = json.loads(answer)
+    if "error" in answer:
+        raise RuntimeError(f"{name}: {answer['error']}")
+    return answer["result"]
+
+
+def _serve():
+    """Answer lines of [module, name, arguments] on stdin, one at a time, until it ends."""
+    import torch  # only here: a parent has no use for it
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // PROCESSES))
-    print(json.dumps(getattr(importlib.import_module(module), name)(*json.loads(call))))
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a function prints is no answer
+    for line in sys.stdin:
+        module, name, call = json.loads(line)
+        try:
+            answer = {"result": getattr(importlib.import_module(module), name)(*call)}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _serve()

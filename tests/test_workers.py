@@ -1,6 +1,7 @@
 """Work in processes of its own: results in order, one line for a failure, no main module run twice."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -25,3 +26,12 @@ def test_a_script_without_a_guard_runs_once(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["start", "[2.0]"]
+
+
+def test_a_process_that_dies_is_told_and_ends_the_wait():
+    with pytest.raises(RuntimeError, match=r"_exit\(3,\) in a process of its own: the process ended with status 3"):
+        workers.side_by_side(os._exit, [(3,)] * 4)
+
+
+def test_what_a_function_prints_is_no_answer():
+    assert workers.side_by_side(print, [("a line",)]) == [None]
