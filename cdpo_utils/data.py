@@ -92,36 +92,36 @@ def _found(value):
     return f"{names.get(type(value), type(value).__name__)} {_plain(reprlib.repr(value))}"
 
 
-def _error(source, found, expected, row=None, name=None):
+def fault(source, found, expected, row=None, name=None):
     if isinstance(found, Exception):  # somebody else's, of which one line will do
         found = _plain((str(found).strip() or type(found).__name__).splitlines()[0], 150)
     where = _plain(source) + (f", row {row}" if row else "") + (f", field '{name}'" if name else "")
     return DataError(f"{where}: {found}; expected {expected}")
 
 
-def _read(source, revision, split):
+def read_rows(source, revision, split):
     """(columns, [(row number, {column: value})], form) of a file or a hub name; form is "json", "csv" or "table"."""
     suffix = next((s for s in SUFFIXES if source.lower().endswith(s)), None)
     if not suffix and not os.path.exists(source) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
         return *_read_hub(source, revision, split), "table"
     if revision is not None or split != "train":
-        raise _error(source, "revision or split given with a file", "them with a hub name only")
+        raise fault(source, "revision or split given with a file", "them with a hub name only")
     if not suffix or not os.path.isfile(source):
         found = "a directory" if os.path.isdir(source) else "not a regular file" if suffix else "unknown kind of file"
         found = found if os.path.exists(source) else "no such file"
-        raise _error(source, found, f"a file {', '.join(SUFFIXES)} or a hub name owner/name")
+        raise fault(source, found, f"a file {', '.join(SUFFIXES)} or a hub name owner/name")
     try:
         data = Path(source).read_bytes()
         data = gzip.decompress(data) if suffix.endswith(".gz") else data
     except (OSError, EOFError, zlib.error) as error:
-        raise _error(source, error, "a readable, whole file") from None
+        raise fault(source, error, "a readable, whole file") from None
     if suffix == ".parquet":
         return *_read_parquet(source, data), "table"
     try:
         text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # Windows begins with a byte order mark
     except UnicodeDecodeError as error:
         found = f"byte 0x{error.object[error.start]:02x} in line {error.object.count(10, 0, error.start) + 1}"
-        raise _error(source, f"{found} is not UTF-8", "UTF-8 text") from None
+        raise fault(source, f"{found} is not UTF-8", "UTF-8 text") from None
     if suffix == ".csv":
         return *_read_csv(source, text), "csv"
     return *_read_json(source, text, lines=suffix != ".json"), "json"
@@ -139,7 +139,7 @@ def _read_json(source, text, lines):
         try:
             return json.loads(text, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
-            raise _error(source, error, expected, row) from None
+            raise fault(source, error, expected, row) from None
 
     if lines:  # not splitlines(): U+2028 may stand inside a text
         numbered = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -147,12 +147,12 @@ def _read_json(source, text, lines):
     else:
         rows = parse(text, "a JSON list of objects (one object per line is .jsonl)")
         if not isinstance(rows, list):
-            raise _error(source, _found(rows), "a JSON list of objects")
+            raise fault(source, _found(rows), "a JSON list of objects")
         rows = list(enumerate(rows, start=1))
     columns = {}
     for number, record in rows:
         if not isinstance(record, dict):
-            raise _error(source, _found(record), "an object", number)
+            raise fault(source, _found(record), "an object", number)
         columns.update(dict.fromkeys(record))
     return list(columns), rows
 
@@ -164,10 +164,10 @@ def _read_csv(source, text):
         columns = next(reader, [])
         for number, cells in enumerate(filter(None, reader), start=1):  # filter: blank lines
             if len(cells) != len(columns):
-                raise _error(source, f"{len(cells)} cells", f"{len(columns)} as in the header", number)
+                raise fault(source, f"{len(cells)} cells", f"{len(columns)} as in the header", number)
             rows.append((number, dict(zip(columns, cells, strict=True))))
     except csv.Error as error:
-        raise _error(source, error, "CSV with quotes doubled and closed", len(rows) + 1) from None
+        raise fault(source, error, "CSV with quotes doubled and closed", len(rows) + 1) from None
     finally:
         csv.field_size_limit(limit)
     return columns, rows
@@ -182,7 +182,7 @@ def _read_parquet(source, data):
         columns = file.schema_arrow.names
         return columns, list(enumerate(file.read([c for c in columns if c in KNOWN]).to_pylist(), start=1))
     except Exception as error:  # a damaged file fails inside Arrow in many ways
-        raise _error(source, error, "a parquet file") from None
+        raise fault(source, error, "a parquet file") from None
 
 
 def _read_hub(source, revision, split):
@@ -193,7 +193,7 @@ def _read_hub(source, revision, split):
         columns = data.column_names
         return columns, list(enumerate(data.select_columns([c for c in columns if c in KNOWN]), start=1))
     except Exception as error:  # no network, no such name or split, gated, datasets not installed, ...
-        raise _error(source, error, "a file that exists, or a data set that the hub or its cache can give") from None
+        raise fault(source, error, "a file that exists, or a data set that the hub or its cache can give") from None
 
 
 def _choose_columns(source, columns, kind):
@@ -203,19 +203,19 @@ def _choose_columns(source, columns, kind):
         for name in names:
             if columns.count(name) != 1:
                 found = "two such columns" if name in columns else "no such column"
-                raise _error(source, f"{found} among {_names(columns)}", expected, name=name)
+                raise fault(source, f"{found} among {_names(columns)}", expected, name=name)
 
     if {"chosen", "rejected"} & set(columns) and not {"response_0", "response_1"} <= set(columns):
         need(TRL, ", ".join(TRL))
         if kind is None:
             wanted = "kind='helpful' (chosen is the better answer) or kind='safety' (chosen is the safer one)"
-            raise _error(source, "prompt, chosen, rejected do not say what chosen means", wanted)
+            raise fault(source, "prompt, chosen, rejected do not say what chosen means", wanted)
         return TRL, []
     need(PKU, f"{', '.join(PKU)} and labels, or {', '.join(TRL)}")
     wanted = {"helpful": [BETTER], "safety": [SAFER, *SIGNS], None: [BETTER, SAFER, *SIGNS]}[kind]
     chosen = [name for name in wanted if name in columns]
     if kind is None and not chosen:
-        raise _error(source, f"no label among {_names(columns)}", f"{BETTER} or {SAFER}")
+        raise fault(source, f"no label among {_names(columns)}", f"{BETTER} or {SAFER}")
     need(wanted[:1] if kind else chosen, "it once")
     if set(SIGNS) & set(chosen):
         need([SAFER, *SIGNS], f"{SAFER}, {', '.join(SIGNS)} together")
@@ -291,23 +291,23 @@ def load_preferences(source, *, kind=None, revision=None, split="train", strict=
     try:
         source = os.fsdecode(source)
     except TypeError:
-        raise _error("source", _found(source), "a path or a hub name") from None
+        raise fault("source", _found(source), "a path or a hub name") from None
     if kind not in (None, "helpful", "safety"):
-        raise _error(source, f"kind is {_found(kind)}", "'helpful' or 'safety'")
-    columns, rows, form = _read(source, revision, split)
+        raise fault(source, f"kind is {_found(kind)}", "'helpful' or 'safety'")
+    columns, rows, form = read_rows(source, revision, split)
     if not rows:
-        raise _error(source, "no rows", "at least one")
+        raise fault(source, "no rows", "at least one")
     texts, label_columns = _choose_columns(source, columns, kind)
     kept, seen, places = [], {}, {}
     for number, record in rows:
         values = {}
         for name, ours, role in zip(texts, PKU, ["user", "assistant", "assistant"], strict=True):
-            fail = partial(_error, source, row=number, name=name)
+            fail = partial(fault, source, row=number, name=name)
             if name not in record:
                 raise fail("no such key in this row", "text")
             values[ours] = _check_text(fail, record[name], role if texts is TRL else None)
         for name in label_columns:
-            fail = partial(_error, source, row=number, name=name)
+            fail = partial(fault, source, row=number, name=name)
             values[name] = _check_label(fail, record.get(name), name in SIGNS, form)
         if texts is TRL:
             values[LABEL_COLUMNS[kind][0]] = 0
@@ -315,13 +315,13 @@ def load_preferences(source, *, kind=None, revision=None, split="train", strict=
         if reason is None:
             kept.append({**values, "row": number})
         elif strict:
-            raise _error(source, reason, "no row to drop (strict)", number, name)
+            raise fault(source, reason, "no row to drop (strict)", number, name)
         else:
             places.setdefault(reason, []).append((number, name))
     dropped = {reason: len(found) for reason, found in places.items()}
     if not kept:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise _error(source, f"all {len(rows)} rows dropped ({reasons})", "at least one to keep")
+        raise fault(source, f"all {len(rows)} rows dropped ({reasons})", "at least one to keep")
     ignored = [name for name in columns if name not in texts + label_columns]
     examples = {reason: found[:3] for reason, found in places.items()}
     frame = pd.DataFrame(kept)
@@ -337,7 +337,7 @@ def labels(frame):
 def require(frame, label, method):
     """Raise DataError in one line unless `frame` carries `label`: "helpful", "safety" or "signs" (of safety)."""
     if label not in LABEL_COLUMNS:
-        raise _error(method, _found(label), "'helpful', 'safety' or 'signs'")
+        raise fault(method, _found(label), "'helpful', 'safety' or 'signs'")
     if not set(LABEL_COLUMNS[label]) <= set(frame.columns):
         has = [name for name in (BETTER, SAFER, *SIGNS) if name in frame.columns]
         needs = f"{'safety signs' if label == 'signs' else label + ' labels'} ({', '.join(LABEL_COLUMNS[label])})"
@@ -380,7 +380,7 @@ def split_by_prompt(frame, test_share, seed):
     test = digests.map(lambda digest: int(digest, 16) / 2**256) < test_share
     if test.all() or not test.any():
         found = f"no prompt for {'train' if test.all() else 'test'} at test_share={test_share}, seed={seed}"
-        raise _error(frame.attrs.get("source", "the frame"), found, "another share or seed, or more prompts")
+        raise fault(frame.attrs.get("source", "the frame"), found, "another share or seed, or more prompts")
     return frame[~test].reset_index(drop=True), frame[test].reset_index(drop=True)
 
 
