@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 from cdpo_utils import exact, policies
 from cdpo_utils.logprobs import enumerate_logps
@@ -101,3 +102,27 @@ def bootstrap_interval(values, confidence=0.95, draws=2000, seed=0):
     resampled = means[rng.integers(0, len(means), (draws, len(means)))].mean(1)
     low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(means.mean()), float(low), float(high)
+
+
+def constraint_test(costs, budget, confidence=0.95, tail=0.1):
+    """Whether E[c] <= budget can be said with `confidence`, and what the mean hides, from costs of answers (P, n).
+
+    upper: one-sided upper confidence bound on E[c], Student's t over the P prompt means, which are independent where
+    the answers of one prompt are not; passed: upper <= budget. above: share of prompts whose mean cost exceeds the
+    budget; cvar: mean cost of the costliest `tail` of all answers. Raises ValueError for fewer than two prompts.
+    """
+    costs = np.asarray(costs, float)
+    if len(costs) < 2:
+        raise ValueError(
+            f"constraint_test: costs of {len(costs)} prompt; expected at least 2 to see how prompts differ"
+        )
+    means = costs.mean(1)
+    upper = means.mean() + student.ppf(confidence, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means))
+    worst = np.sort(costs, axis=None)[-max(1, round(tail * costs.size)) :]
+    return {
+        "cost": float(means.mean()),
+        "upper": float(upper),
+        "passed": bool(upper <= budget),
+        "above": float((means > budget).mean()),
+        "cvar": float(worst.mean()),
+    }

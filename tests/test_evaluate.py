@@ -143,3 +143,21 @@ def test_bootstrap_resamples_prompts_and_covers():
         )
         covered += low <= 0 <= high
     assert 180 <= covered <= 199
+
+
+def test_constraint_test_by_hand():
+    costs = np.array([[0.0, 2.0], [-1.0, 1.0], [-3.0, 1.0]])  # prompt means 1, 0, -1: standard error 1 / sqrt(3)
+    found = evaluate.constraint_test(costs, 1.7)
+    assert found["cost"] == 0 and found["upper"] == pytest.approx(2.919986 / 3**0.5)  # t table, 2 degrees, 95 %
+    assert found["passed"] and not evaluate.constraint_test(costs, 1.6)["passed"]
+    assert evaluate.constraint_test(costs, 0.5)["above"] == pytest.approx(1 / 3)
+    assert found["cvar"] == 2 and evaluate.constraint_test(costs, 0, tail=0.5)["cvar"] == pytest.approx(4 / 3)
+    with pytest.raises(ValueError, match="costs of 1 prompt"):
+        evaluate.constraint_test(costs[:1], 0)
+
+
+def test_the_upper_bound_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    worlds = rng.standard_normal((2000, 20, 1)) + 0.5 * rng.standard_normal((2000, 20, 3))  # prompts differ, mean 0
+    covered = np.mean([evaluate.constraint_test(costs, 0)["upper"] >= 0 for costs in worlds])
+    assert abs(covered - 0.95) < 4 * (0.95 * 0.05 / 2000) ** 0.5

@@ -203,7 +203,7 @@ def test_two_stages_run_and_are_judged_by_samples(made):
     last = policies.snapshot(policy)
     assert len(descent.rounds) == 2 and any(not torch.equal(pi_r[n], last[n]) for n in last)
     candidates = {"reference": None, "dpo_helpful": pi_r, "pd_dpo": last}
-    rows, intervals = made.judge(candidates, feedback, budget, "06_x", 2, {"pd_dpo": 1.0}, {"pd_dpo": descent})
+    rows, intervals, tests = made.judge(candidates, feedback, budget, "06_x", 2, {"pd_dpo": 1.0}, {"pd_dpo": descent})
     assert [row["method"] for row in rows] == list(candidates)
     for row in rows:
         assert row["gap"] is None and row["mass"] is None and row["split"] == "test"
@@ -214,6 +214,12 @@ def test_two_stages_run_and_are_judged_by_samples(made):
     table = real.interval_table(intervals)
     assert list(table.index) == list(candidates) and list(table.columns) == list(real.ESTIMATES)
     assert table.loc["reference", "kl_ref"] == "0.000 [0.000, 0.000]"
+    estimate = intervals.set_index(["method", "estimate"])["mean"]
+    for method, row in zip(candidates, rows, strict=True):
+        assert estimate[method, "reward gain"] == pytest.approx(row["reward"] - rows[0]["reward"], abs=1e-6)
+        assert estimate[method, "cost change"] == pytest.approx(row["cost"] - rows[0]["cost"], abs=1e-6)
+        assert tests.cost[method] == pytest.approx(row["cost"]) and tests.upper[method] >= row["cost"]
+        assert tests.passed[method] == (tests.upper[method] <= budget) and 0 <= estimate[method, "safe"] <= 1
 
 
 def test_the_sampled_kl_agrees_with_a_fresh_computation(made):
@@ -223,7 +229,7 @@ def test_the_sampled_kl_agrees_with_a_fresh_computation(made):
             if p.requires_grad:
                 p.add_(0.05)
     constant = algorithms.Feedback(lambda p, a: np.zeros(len(p)), lambda p, a: np.ones((len(p), 1)), "learned")
-    rows, intervals = made.judge({"pd_dpo": policies.snapshot(policy)}, constant, 0.25, "06_x", samples=64)
+    rows, intervals, _ = made.judge({"pd_dpo": policies.snapshot(policy)}, constant, 0.25, "06_x", samples=64)
     kl = intervals.set_index("estimate").loc["kl_ref"]
     drawn = real.sample_answers(made.lab, policy, made.judge_prompts, 64, 7)
     flat = [i for row in drawn.ids for i in row], [p for p in drawn.prompt_ids for _ in range(64)]
