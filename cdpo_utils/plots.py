@@ -77,6 +77,22 @@ def zoom(ax, rows, curve, budget, place=(0.06, 0.58, 0.36, 0.38), largest_gap=20
     return inset
 
 
+def sweep_plane(ax, table):
+    """Means over seeds with their intervals, a point per method and combination; `table` is `sweep.over_seeds`'."""
+    for (method, feedback), group in table.groupby(["method", "feedback"], sort=False):
+        ax.errorbar(
+            group["cost"], group["reward"], xerr=group["cost ±"], yerr=group["reward ±"], linestyle="none", capsize=2,
+            marker=METHOD_MARKERS[method], color=METHOD_COLOURS[method], markeredgecolor="black",
+            markerfacecolor=METHOD_COLOURS[method] if feedback == "learned" else "white",
+            label=f"{method} ({feedback})",
+        )  # fmt: skip
+    for budget in sorted(set((table["cost"] - table["violation"]).round(6))):
+        budget_line(ax, budget)
+    ax.set(xlabel="expected cost E[c] (> 0 unsafe, logits)", ylabel="expected reward E[r] (logits)")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
+
+
 def dual_path(axes, rounds, budget, lam_star=None):
     """Two axes: lambda and cost over the rounds of a `dual.Descent` (first constraint)."""
     k = range(1, len(rounds) + 1)

@@ -1,0 +1,224 @@
+"""Sweeps over the notebooks' parameters: `python -m cdpo_utils.sweep GRID.yaml [--jobs N] [--dry-run]`.
+
+GRID.yaml:  only: [05]                       # notebooks, all where left out
+            setting: bench                   # as for cdpo_utils.run
+            parameters: {n_pairs: 60000}     # the same in every run
+            grid: {seed: [0, 1, 2], budget: [0.0, -0.5]}     # every combination is a run
+
+A run is a `cdpo_utils.run` of its own. Its folder is named by a digest of everything that decides its numbers:
+parameters, notebooks, package and library versions. What is done is skipped, so a sweep that was killed goes on where
+it was. A failed run is tried once more. One line a run is added to manifest.jsonl. At the end, or with `--collect`
+alone, the results of all runs that belong to the grid become results.parquet, table.csv and plane.png.
+
+Exit status: 0 done, 1 a run failed, 2 not understood and nothing run, 130 interrupted.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import t as student
+
+from cdpo_utils import record, run
+
+FIELDS = {"only", "setting", "parameters", "grid"}
+MEASURED = ["reward", "cost", "violation", "kl_ref", "gap"]
+IN_A_PROCESS = (
+    "import sys, pathlib; from cdpo_utils import run; sys.exit(run.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
+)
+
+
+def read_grid(file):
+    """{only, setting, parameters, grid} of a grid file; raises run.NotUnderstood with one line."""
+    values = {"only": [], "setting": "bench", "parameters": {}, "grid": {}} | run.read_yaml(file)
+    for name in values:
+        if name not in FIELDS:
+            raise run.NotUnderstood(f"{file}: unknown field {name}; expected {', '.join(sorted(FIELDS))}")
+    values["only"] = [str(item).zfill(2) for item in np.atleast_1d(values["only"])]  # YAML reads 05 as a number
+    for name in ("parameters", "grid"):
+        if not isinstance(values[name], dict):
+            raise run.NotUnderstood(f"{file}, field {name}: expected lines of `name: value`")
+    for name, items in values["grid"].items():
+        if not isinstance(items, list) or not items:
+            raise run.NotUnderstood(f"{file}, field grid: {name} is {items!r}; expected a list of values, not empty")
+    return values
+
+
+def plan(values, notebooks):
+    """[(digest, point of the grid)], every name and value checked by the runner before anything runs."""
+    chosen = run.select(notebooks, values["only"], values["setting"])
+    names, lists = list(values["grid"]), values["grid"].values()
+    points = [dict(zip(names, point, strict=True)) for point in itertools.product(*lists)]
+    common = [record.source_hash(), record.versions(), [path.read_text(encoding="utf-8") for path, _ in chosen]]
+    planned = []
+    for point in points:
+        parameters = run.plan(chosen, run.absolute(values["parameters"] | point))
+        named = {path.stem: given for path, given in parameters.items()}
+        text = json.dumps([values["setting"], named, common], sort_keys=True)
+        planned.append((hashlib.sha256(text.encode()).hexdigest()[:16], point))
+    return planned
+
+
+def read_manifest(folder):
+    """{digest: last entry} of manifest.jsonl. A last line that was cut off by a kill is left out."""
+    entries = {}
+    path = folder / "manifest.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        entries[entry["run"]] = entry
+    return entries
+
+
+def summary_of(folder, digest):
+    """The newest summary.json of a run, or None."""
+    found = sorted((folder / digest).glob("[0-9]*/summary.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(found[-1].read_text(encoding="utf-8")) if found else None
+
+
+def is_done(folder, digest, manifest):
+    """Whether the manifest says so and the results are there."""
+    return manifest.get(digest, {}).get("status") == "done" and summary_of(folder, digest) is not None
+
+
+def sweep(values, planned, folder, notebooks, jobs):
+    """Run what is not done, `jobs` at a time; returns the manifest's entries of the runs that failed twice."""
+    manifest = read_manifest(folder)
+    open_runs = [(digest, point) for digest, point in planned if not is_done(folder, digest, manifest)]
+    print(f"{len(planned)} runs, {len(planned) - len(open_runs)} done already", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    lock, failed, finished = threading.Lock(), [], itertools.count(1)
+
+    def one(digest, point):
+        entry = {"run": digest, "point": point, **attempt(values, digest, point, folder, notebooks, threads)}
+        with lock:
+            with open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest:
+                manifest.write(json.dumps(entry) + "\n")
+                manifest.flush()
+                os.fsync(manifest.fileno())
+            failed.extend([entry] if entry["status"] == "failed" else [])
+            print(
+                f"[{next(finished)}/{len(open_runs)}] {entry['status']}  {point}  {entry['seconds']:.0f} s", flush=True
+            )
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda item: one(*item), open_runs))
+    return failed
+
+
+def attempt(values, digest, point, folder, notebooks, threads, tries=2):
+    """One run in a process of its own, again where it fails: {status, tries, seconds, error}. Output is in log.txt."""
+    place = folder / digest
+    place.mkdir(exist_ok=True)
+    given = place / "parameters.yaml"
+    given.write_text(json.dumps(run.absolute(values["parameters"] | point)), encoding="utf-8")  # JSON is YAML
+    command = [sys.executable, "-c", IN_A_PROCESS, str(notebooks), "--setting", values["setting"]]
+    command += ["--params", str(given), "--out", str(place), "--no-report"]
+    command += ["--only", *values["only"]] if values["only"] else []
+    start = time.perf_counter()
+    for k in range(1, tries + 1):
+        with open(place / "log.txt", "w", encoding="utf-8") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        if done.returncode == 0:
+            return {"status": "done", "tries": k, "seconds": time.perf_counter() - start, "error": None}
+    lines = (place / "log.txt").read_text(encoding="utf-8").strip().splitlines()
+    error = next((line for line in reversed(lines) if not line.startswith("see ")), f"exit status {done.returncode}")
+    return {"status": "failed", "tries": tries, "seconds": time.perf_counter() - start, "error": error}
+
+
+def collect(planned, folder):
+    """Rows of all done runs of the grid, tidy: `record.method_row`s with the point of the grid in columns `grid.*`."""
+    rows = []
+    for digest, point in planned:
+        summary = summary_of(folder, digest) or {"methods": []}
+        rows += [row | {"run": digest} | {f"grid.{name}": value for name, value in point.items()}
+                 for row in summary["methods"]]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def over_seeds(rows, confidence=0.95):
+    """Mean and half-width of Student's t interval over seeds, for each method and point of the grid; n is how many."""
+    by = ["method", "feedback", "split", *sorted(c for c in rows if c.startswith("grid.") and c != "grid.seed")]
+    table = []
+    for key, group in rows.groupby(by, sort=False, dropna=False):
+        line, n = dict(zip(by, key, strict=True)) | {"n": len(group)}, len(group)
+        for name in MEASURED:
+            values = group[name].astype(float)
+            line[name] = values.mean()
+            line[f"{name} ±"] = student.ppf((1 + confidence) / 2, n - 1) * values.std() / n**0.5 if n > 1 else np.nan
+        table.append(line)
+    return pd.DataFrame(table)
+
+
+def main(argv=None, notebooks=None):
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m cdpo_utils.sweep", description="Run the notebooks over a grid.")
+    parser.add_argument("grid", type=Path, help="YAML: only, setting, parameters, grid")
+    parser.add_argument("--out", type=Path, help="folder of the sweep (default: runs/sweeps/<name of the grid file>)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, which share the cores")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run")
+    parser.add_argument("--collect", action="store_true", help="run nothing, gather what is done")
+    args = parser.parse_args(argv)
+    notebooks = notebooks or record.repo_root() / "notebooks"
+    try:
+        if args.jobs < 1:
+            raise run.NotUnderstood(f"--jobs {args.jobs}: expected 1 or more")
+        values = read_grid(args.grid)
+        planned = plan(values, notebooks)
+    except run.NotUnderstood as error:
+        print(error, file=sys.stderr)
+        return 2
+    folder = args.out or record.repo_root() / "runs" / "sweeps" / args.grid.stem
+    folder = folder.absolute()
+    if args.dry_run:
+        manifest = read_manifest(folder)
+        for digest, point in planned:
+            print(f"{digest}  {'done' if is_done(folder, digest, manifest) else 'to run'}  {point}")
+        return 0
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        failed = [] if args.collect else sweep(values, planned, folder, notebooks, args.jobs)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on\nsee {folder}", file=sys.stderr)
+        return 130
+    write_results(collect(planned, folder), folder)
+    for entry in failed:
+        print(f"failed: {entry['point']}: {entry['error']}; see {folder / entry['run'] / 'log.txt'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def write_results(rows, folder):
+    """results.parquet, table.csv and, where costs are single numbers, plane.png."""
+    if rows.empty:
+        print("nothing to collect: no run of this grid is done")
+        return
+    from cdpo_utils import plots  # matplotlib takes seconds: only when there is something to draw
+
+    lists = rows.map(lambda value: isinstance(value, list)).any(axis=1)
+    if lists.any():
+        print(f"{lists.sum()} rows with several constraints are left out of the table and the figure")
+    rows.map(lambda v: json.dumps(v) if isinstance(v, list) else v).to_parquet(folder / "results.parquet")
+    table = over_seeds(rows[~lists])
+    table.to_csv(folder / "table.csv", index=False)
+    figure, ax = plots.plt.subplots(figsize=(7, 4.5))
+    plots.sweep_plane(ax, table[table.split == table.split.iloc[-1]])
+    figure.savefig(folder / "plane.png", bbox_inches="tight")
+    plots.plt.close(figure)
+    print(f"\n{table.round(3).to_string(index=False)}\n\n{folder / 'results.parquet'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
