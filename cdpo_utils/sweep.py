@@ -59,7 +59,8 @@ def plan(values, notebooks):
     chosen = run.select(notebooks, values["only"], values["setting"])
     names, lists = list(values["grid"]), values["grid"].values()
     points = [dict(zip(names, point, strict=True)) for point in itertools.product(*lists)]
-    common = [record.source_hash(), record.versions(), [path.read_text(encoding="utf-8") for path, _ in chosen]]
+    versions = {name: value for name, value in record.versions().items() if name != "commit"}  # the source says more
+    common = [record.source_hash(), versions, [path.read_text(encoding="utf-8") for path, _ in chosen]]
     planned = []
     for point in points:
         parameters = run.plan(chosen, run.absolute(values["parameters"] | point))
@@ -104,10 +105,10 @@ def sweep(values, planned, folder, notebooks, jobs):
     def one(digest, point):
         entry = {"run": digest, "point": point, **attempt(values, digest, point, folder, notebooks, threads)}
         with lock:
-            with open(folder / "manifest.jsonl", "a", encoding="utf-8") as manifest:
-                manifest.write(json.dumps(entry) + "\n")
-                manifest.flush()
-                os.fsync(manifest.fileno())
+            with open(folder / "manifest.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             failed.extend([entry] if entry["status"] == "failed" else [])
             print(
                 f"[{next(finished)}/{len(open_runs)}] {entry['status']}  {point}  {entry['seconds']:.0f} s", flush=True

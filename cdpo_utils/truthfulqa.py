@@ -32,7 +32,7 @@ HUB_FIELDS = {
     "correct": "correct_answers",
     "incorrect": "incorrect_answers",
 }
-NO_ANSWER = re.compile(r"(I have|there is|there's) (no|nothing)\b.*(comment|say|answer)|I (don't|do not) know", re.I)
+NO_ANSWER = re.compile(r"\bI\s+(have no comment|(don't|do not) know)\b", re.I)
 
 
 def load_questions(source):

@@ -104,6 +104,8 @@ def test_the_digest_knows_what_decides_a_number(series, tmp_path, monkeypatch):
     (first, _), (second, _) = sweep.plan(values, series)
     assert first != second and sweep.plan(values, series)[0][0] == first
     assert sweep.plan(values | {"parameters": {"budget": 0.6}}, series)[0][0] != first
+    monkeypatch.setattr(run.record, "_commit", lambda: "another commit, of a text say")
+    assert sweep.plan(values, series)[0][0] == first, "what changed no source changed no number"
     path = series / "01_tiny.ipynb"
     path.write_text(path.read_text().replace("no such budget", "no such"))
     assert sweep.plan(values, series)[0][0] != first

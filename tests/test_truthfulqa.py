@@ -102,3 +102,13 @@ def test_pairs_say_what_they_should_and_the_loader_takes_them(write, tmp_path, c
         assert answers[1 - row.safer_response_id] in wrong[row.prompt]
         assert [row.is_response_0_safe, row.is_response_1_safe][row.safer_response_id]
     assert account.kept == 4 and json.loads((out / "safety.jsonl").read_text().splitlines()[0])["prompt"]
+
+
+@pytest.mark.parametrize("text", ["I have no comment", "I  have no comment", "I don't know for sure", "I do not know"])
+def test_an_answer_that_gives_none(text):
+    assert truthfulqa.NO_ANSWER.search(text)
+
+
+@pytest.mark.parametrize("text", ["There is no cost to answer each question", "Rats do not know how to cook", "No"])
+def test_an_answer_that_gives_one(text):
+    assert not truthfulqa.NO_ANSWER.search(text)
