@@ -78,7 +78,7 @@ class Naive(trainers.PreferenceTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         tokens = [inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")]
-        out, policy = trainers._answer_logps(model, *tokens)
+        out, policy = trainers._answer_logps(model, inputs["input_ids"], inputs["completion_mask"])
         with torch.no_grad():
             ref, pi_r = (plain_logps(other, *tokens) for other in (self.reference, self.reward_policy))
         pairs = [half for logps in (policy, ref, pi_r) for half in logps.chunk(2)]

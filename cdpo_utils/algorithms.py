@@ -5,6 +5,7 @@ One trainer lives through all rounds; answers are tokenised once; reference log-
 (answer, reference). `Schedule` holds the numbers of the optimiser, the methods' arguments those of the theory.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -147,7 +148,12 @@ def _trainer(lab, policy, pairs, beta, schedule):
 
 
 def dpo(lab, frame, beta, schedule):
-    """Plain DPO (arXiv:2305.18290) on a frame of prompt, chosen, rejected. Returns the policy and TRL's log history."""
+    """Plain DPO (arXiv:2305.18290) on a frame of prompt, chosen, rejected. Returns the policy and TRL's log history.
+
+    Of a frame with more rows than the schedule will look at, a random part is taken: the rest need not be tokenised.
+    """
+    if len(frame) > schedule.steps * schedule.batch_size:
+        frame = frame.sample(schedule.steps * schedule.batch_size, random_state=schedule.seed)
     pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
     policy = lab.new_policy()
     trainer = _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)
@@ -172,7 +178,8 @@ def preference_probability(scores, lam, labels, rng):
 def c_dpo(lab, frame, feedback, budget, beta, schedule, labels="soft", samples=32, **loop):
     """C-DPO (arXiv:2403.02475): relabel the data set's pairs by r - lam c, DPO against pi_ref, dual step, repeat.
 
-    The dual gradient is the mean cost of answers sampled from the current policy. `loop` goes to `dual.descend`.
+    The dual gradient is the mean cost of answers sampled from the current policy. `loop` goes to `dual.descend`, but
+    for watch(policy, rounds), which is called after each round.
     """
     pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
     difference = [
@@ -230,7 +237,9 @@ def sampled_pairs(lab, samples, feedback, seed, pairings=4):
     return with_logps(lab, pairs), (rewards[rows, a] - rewards[rows, b], costs[rows, a] - costs[rows, b])
 
 
-def _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, lam=0.0, **loop):
+def _lagrangian_dpo(
+    lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, lam=0.0, watch=None, **loop
+):
     """The loop that C-DPO and dual descent share: they differ in where pairs come from."""
     rng = np.random.default_rng([schedule.seed, 6])
     policy = lab.new_policy()
@@ -247,7 +256,8 @@ def _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, la
         return costs, {"reward": float(np.nanmean(rewards)), "labels": 0}
 
     start = np.broadcast_to(np.atleast_1d(np.asarray(lam, float)), budget.shape)
-    return policy, dual.descend(maximise, measure, start, budget, beta, **loop)
+    watch = watch and functools.partial(watch, policy)
+    return policy, dual.descend(maximise, measure, start, budget, beta, watch=watch, **loop)
 
 
 def votes(feedback, labels, seed):
@@ -262,7 +272,9 @@ def votes(feedback, labels, seed):
     return Feedback(feedback.reward, costs, feedback.kind)
 
 
-def pd_dpo(lab, reward_policy, frame, feedback, budget, beta, schedule, samples=32, labels=0, lam=1.0, **loop):
+def pd_dpo(
+    lab, reward_policy, frame, feedback, budget, beta, schedule, samples=32, labels=0, lam=1.0, watch=None, **loop
+):
     """Stage 2 of two-stage primal-dual DPO (arXiv:2510.05703); stage 1 is `dpo` on helpfulness pairs.
 
     `reward_policy` (pi_r) is trained on in place; `frame` has safety pairs, chosen = safer. The rearranged Lagrangian
@@ -290,4 +302,5 @@ def pd_dpo(lab, reward_policy, frame, feedback, budget, beta, schedule, samples=
         rewards, costs = ranks.of_first(feedback.on(lab.sample(policy, samples, schedule.seed + 1000 + k)))
         return costs, {"reward": float(np.nanmean(rewards)), "labels": labels * costs.size}
 
-    return policy, dual.descend(maximise, measure, lam, budget, beta, **loop)
+    watch = watch and functools.partial(watch, policy)
+    return policy, dual.descend(maximise, measure, lam, budget, beta, watch=watch, **loop)

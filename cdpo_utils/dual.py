@@ -108,7 +108,8 @@ def bracketed(lam, rounds, tolerance):
     return lam if low >= high or low < lam[0] < high else np.array([(low + high) / 2])
 
 
-def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tolerance=0.05, patience=2, lowest=None):
+def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tolerance=0.05, patience=2, lowest=None,
+            watch=None):  # fmt: skip
     """Dual descent: alternate approximate Lagrangian maximisation and projected dual steps.
 
     maximise(lam, k) trains the policy for multiplier lam (m,) in round k and returns its optimiser steps; measure(k)
@@ -118,6 +119,7 @@ def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tol
     max_rounds, reported as not converged.
 
     `lowest` (m,), where known, is the smallest attainable cost: a budget below it is reported, not chased.
+    watch(rounds) is called after each round, while the policy is still that round's.
     """
     lam, budget = np.atleast_1d(np.asarray(lam, float)), np.atleast_1d(np.asarray(budget, float))
     if lowest is not None and np.any(np.atleast_1d(lowest) >= budget):
@@ -132,6 +134,8 @@ def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tol
         rounds.append({"lam": lam.tolist(), "cost": cost.tolist(), "violation": violation.tolist(), "steps": steps})
         outside = int(np.isnan(costs).any(-1).sum())
         rounds[-1].update(samples=int(costs.shape[0] * costs.shape[1]), outside=outside, **extra)
+        if watch is not None:
+            watch(rounds)
         if settled(rounds, tolerance, patience):
             return Descent(lam, rounds, True, f"violation within {tolerance} for {patience} rounds")
         if k + 1 < max_rounds:

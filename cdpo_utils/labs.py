@@ -77,7 +77,7 @@ class Bench:
     def scorers(self):
         """Reward model and cost model; where neither is cached they are trained side by side."""
         if not any(entry(kind, self._scorer_settings()).exists() for kind in SCORERS):
-            workers.side_by_side(_fill_cache, [(self.seed, len(self.frame), self.sizes, kind) for kind in SCORERS])
+            workers.side_by_side(fill_cache, [(kind, self.seed, len(self.frame), self.sizes) for kind in SCORERS])
         return tuple(map(self.scorer, SCORERS))
 
     def learned_feedback(self, reward_model, cost_model):
@@ -87,24 +87,34 @@ class Bench:
 
 def make_bench(seed=0, n_pairs=120_000, **sizes):
     """`bench.make_world(seed, **sizes)`, a reference fine-tuned on its demonstrations (cached), `n_pairs` labelled."""
-    world = bench.make_world(seed, **sizes)
-    tokenizer = policies.word_tokenizer(world.prompts + world.answers)
+    made = _without_reference(seed, n_pairs, sizes)
 
     def train(model):
-        prompts, answers = bench.sample_demonstrations(world, SFT["n"], seed)
-        trainers.train_sft(model, tokenizer, prompts, answers, SFT["steps"], SFT["batch_size"], SFT["lr"], seed)
+        prompts, answers = bench.sample_demonstrations(made.world, SFT["n"], seed)
+        trainers.train_sft(
+            model, made.lab.tokenizer, prompts, answers, SFT["steps"], SFT["batch_size"], SFT["lr"], seed
+        )
 
     settings = {"seed": seed, "sizes": sizes, **SFT}
-    trained = cached_weights("reference", settings, policies.small_llama(tokenizer, seed), train)
-    lab = Lab(policies.clean_copy(trained), tokenizer, [world.prompts[i] for i in world.train], MAX_NEW_TOKENS)
+    trained = cached_weights("reference", settings, policies.small_llama(made.lab.tokenizer, seed), train)
+    made.lab.model = policies.clean_copy(trained)
+    return made
+
+
+def _without_reference(seed, n_pairs, sizes):
+    """World and pairs, all that scorers are trained on: they need not wait for the reference model."""
+    world = bench.make_world(seed, **sizes)
+    tokenizer = policies.word_tokenizer(world.prompts + world.answers)
+    lab = Lab(None, tokenizer, [world.prompts[i] for i in world.train], MAX_NEW_TOKENS)
     frame = bench.sample_preferences(world, n_pairs, seed)
     frame.attrs["source"] = "bench"
     account = f"bench, seed {seed}: {n_pairs} pairs drawn on {len(world.train)} training prompts, none dropped"
     return Bench(world, lab, frame, account, sizes)
 
 
-def _fill_cache(seed, n_pairs, sizes, kind):
-    make_bench(seed, n_pairs, **sizes).scorer(kind)
+def fill_cache(kind, seed, n_pairs, sizes):
+    """Train the "reward" or the "cost" model of a bench into the cache, where `Bench.scorer` finds it."""
+    _without_reference(seed, n_pairs, sizes).scorer(kind)
 
 
 def train_scorer(made, model, kind, steps, batch_size, lr):

@@ -11,13 +11,14 @@ import torch
 
 from cdpo_utils import ranks
 
+MULTIPLE = 8  # of a length: whole registers; a step of the bench over 16 tokens is a fifth faster than one over 14
 MAX_LOGITS = 2**27  # numbers held at once, half a GiB in float32
 
 
-def pad(sequences, value, side="left"):
-    """Stack lists of ids into (n, longest); returns ids and attention mask."""
+def pad(sequences, value, side="left", multiple=1):
+    """Stack lists of ids into (n, longest, rounded up to a `multiple`); returns ids and attention mask."""
     lengths = np.array([len(seq) for seq in sequences])
-    width = lengths.max()
+    width = -(-lengths.max() // multiple) * multiple
     place = np.arange(width)[None]
     mask = place >= (width - lengths)[:, None] if side == "left" else place < lengths[:, None]
     ids = np.full(mask.shape, value)
@@ -51,11 +52,11 @@ def response_logps(model, prompt_ids, response_ids, pad_id=0, batch_tokens=16384
     order = np.argsort(lengths, kind="stable")
     out = np.empty(len(lengths), np.float32)
     for rows in token_batches(order, lengths, batch_tokens):
-        ids, mask = pad([prompt_ids[i] + response_ids[i] for i in rows], pad_id, side="right")
+        ids, mask = pad([prompt_ids[i] + response_ids[i] for i in rows], pad_id, "right", MULTIPLE)
         starts = torch.tensor([len(prompt_ids[i]) for i in rows])
         is_response = mask * (torch.arange(mask.shape[1]) >= starts[:, None])
-        ids, mask, is_response = (t.to(model.device) for t in (ids, mask, is_response))
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        ids, is_response = ids.to(model.device), is_response.to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # no answer can see the padding behind it
         logps = token_logps(logits.float(), ids[:, 1:])  # a sum of bf16 numbers would be off by nats
         out[rows] = (logps * is_response[:, 1:]).sum(1).cpu().numpy()
     model.train(was_training)

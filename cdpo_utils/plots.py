@@ -329,3 +329,17 @@ def gap_bars(ax, rows):
     ax.set_xticklabels([f"{m}\n({f})" for m, f in order], fontsize=8, rotation=20)
     ax.legend(fontsize=9)
     return ax
+
+
+def interval_plane(ax, intervals, budget):
+    """Reward against cost of each method with both 95 % intervals, from the rows of `real.Real.judge`."""
+    table = intervals.set_index(["method", "estimate"])
+    for method in dict.fromkeys(intervals.method):
+        cost, reward = (table.loc[(method, name)] for name in ("cost", "reward"))
+        xerr, yerr = ([[e["mean"] - e.low], [e.high - e["mean"]]] for e in (cost, reward))
+        ax.errorbar(cost["mean"], reward["mean"], yerr, xerr, fmt=METHOD_MARKERS[method], color=METHOD_COLOURS[method],
+                    markeredgecolor="black", markersize=9, capsize=3, label=method)  # fmt: skip
+    budget_line(ax, budget)
+    ax.set(xlabel="estimated cost E[c] (> 0 unsafe, logits)", ylabel="estimated reward E[r] (logits)")
+    ax.legend(fontsize=8)
+    return ax

@@ -9,7 +9,7 @@ from peft import PeftModel
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
-from cdpo_utils.logprobs import pad, token_batches
+from cdpo_utils.logprobs import MULTIPLE, pad, token_batches
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} "
@@ -32,11 +32,12 @@ def word_tokenizer(texts):
 
 
 def _small_config(tokenizer, width, layers, **more):
+    """Plain attention: on sequences of a dozen tokens it is faster than the fused kernel."""
     return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=8, head_dim=max(8, width // 8), initializer_range=width**-0.5,
         max_position_embeddings=128, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **more,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, attn_implementation="eager", **more,
     )  # fmt: skip
 
 
@@ -61,21 +62,17 @@ def encode_answers(tokenizer, answers):
 
 
 def small_scorer(tokenizer, seed, width=64, layers=1):
-    """A Llama of the same size with a scalar head, for rewards and costs.
-
-    Its attention is the plain one, which on sequences of a dozen tokens is faster than the fused kernel.
-    """
+    """A Llama of the same size with a scalar head, for rewards and costs."""
     torch.manual_seed(seed)
-    config = _small_config(tokenizer, width, layers, num_labels=1, attn_implementation="eager")
-    return LlamaForSequenceClassification(config)
+    return LlamaForSequenceClassification(_small_config(tokenizer, width, layers, num_labels=1))
 
 
 @torch.no_grad()
 def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.0, batch_rows=4096):
     """`n` sampled answers per prompt: texts and token ids (end of turn included), each a list of P lists of n.
 
-    Plain sampling: no top-k, no top-p. Rows are left-padded and batched by prompt length; the random stream depends on
-    `seed` alone.
+    Plain sampling: no top-k, no top-p. Rows are left-padded and batched by prompt length; a prompt is read once for its
+    `n` answers. The random stream depends on `seed` alone.
     """
     was_training = model.training
     model.eval()
@@ -85,18 +82,27 @@ def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.
     per_batch = max(1, batch_rows // n)
     for start in range(0, len(order), per_batch):
         rows = order[start : start + per_batch]
-        batch = tokenizer.pad({"input_ids": [prompt_ids[i] for i in rows]}, padding_side="left", return_tensors="pt")
+        prompts, mask = (t.to(model.device) for t in pad([prompt_ids[i] for i in rows], tokenizer.pad_token_id))
         out = model.generate(
-            **batch.to(model.device), do_sample=True, temperature=temperature, top_k=0, top_p=1.0,
-            num_return_sequences=n, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
+            prompts.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0),
+            past_key_values=_read(model, prompts[:, :-1], mask[:, :-1], n), do_sample=True, temperature=temperature,
+            top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id, use_cache=True,  # trainers switch it off in the model's config
-        )[:, batch["input_ids"].shape[1] :]  # fmt: skip
+        )[:, prompts.shape[1] :]  # fmt: skip
         answers = [_until(row, tokenizer.eos_token_id) for row in out.tolist()]
         decoded = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
         for k, i in enumerate(rows):
             ids[i], texts[i] = answers[k * n : (k + 1) * n], decoded[k * n : (k + 1) * n]
     model.train(was_training)
     return texts, ids
+
+
+def _read(model, ids, mask, n):
+    """The key-value cache of left-padded prompts, each `n` times in a row."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    out.past_key_values.batch_repeat_interleave(n)
+    return out.past_key_values
 
 
 def _until(ids, end):
@@ -158,9 +164,9 @@ def _score_rows(model, tokenizer, rows, batch_tokens, known):
     prompt_ids = dict(zip(unique[0], encode_prompts(tokenizer, unique[0]), strict=True))
     answer_ids = dict(zip(unique[1], encode_answers(tokenizer, unique[1]), strict=True))
     ids = [prompt_ids[p] + answer_ids[a] for p, a in rows]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    order, pad_id = sorted(range(len(ids)), key=lambda i: len(ids[i])), tokenizer.pad_token_id
     for batch in token_batches(order, [len(x) for x in ids], batch_tokens):
-        padded, mask = (t.to(model.device) for t in pad([ids[i] for i in batch], tokenizer.pad_token_id, side="right"))
+        padded, mask = (t.to(model.device) for t in pad([ids[i] for i in batch], pad_id, "right", MULTIPLE))
         out = model(input_ids=padded, attention_mask=mask, use_cache=False).logits.squeeze(-1).double().cpu().numpy()
         known.update(zip((rows[i] for i in batch), out, strict=True))
     model.train(was_training)

@@ -9,9 +9,9 @@ import json
 import time
 from pathlib import Path
 
-import papermill
+import numpy as np
 
-from cdpo_utils import algorithms, dual, evaluate, labs, record, workers
+from cdpo_utils import algorithms, dual, evaluate, labs, policies, record, scoring, workers
 
 HARD_LABEL_STEPS = {"06_two_stage_primal_dual": 1.2}  # hard labels are noisier than soft ones: more steps
 RUNS = (  # (method, feedback), in the order of cost, dearest first
@@ -47,8 +47,10 @@ def recorded(settings, folder=None):
 
 def _defaults(notebook):
     """A notebook's own parameters: a record made with others is not what `train` would make."""
-    known = papermill.inspect_notebook(record.repo_root() / "notebooks" / f"{notebook}.ipynb")
-    return {name: ast.literal_eval(spec["default"]) for name, spec in known.items()}
+    path = record.repo_root() / "notebooks" / f"{notebook}.ipynb"  # read as JSON: papermill takes 3 s to import
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    source = "".join(next(c["source"] for c in cells if "parameters" in c["metadata"].get("tags", [])))
+    return {line.target.id: ast.literal_eval(line.value) for line in ast.parse(source).body}
 
 
 @functools.lru_cache(maxsize=1)
@@ -63,9 +65,9 @@ def opened(settings):
     return _opened(**{name: settings[name] for name in ("beta", "budget", *LAB)})
 
 
-def train(method, feedback, settings):
+def train(method, feedback, settings, watch=None):
     """Train one method: its `record.method_row`s on both splits and its dual rounds. `settings` are the parameters of
-    notebook 07."""
+    notebook 07; watch(policy, rounds) is called after each round of dual descent."""
     beta, budget, steps = settings["beta"], settings["budget"], settings["steps"]
     made, truths = opened(settings)
     schedule = algorithms.Schedule(steps=steps, round_steps=steps // 2, seed=made.seed)
@@ -92,7 +94,7 @@ def train(method, feedback, settings):
         rounds, samples = (4, 128) if feedback == "oracle" else (3, 64)
         policy, descent = algorithms.dual_descent(
             made.lab, drawn, who, budget, beta, schedule, samples=samples, dual_lr=0.5, max_rounds=rounds,
-            lam=dual.one_shot(*who.on(drawn), beta, budget).lam, tolerance=tolerance,
+            lam=start(who.on(drawn), beta, budget), tolerance=tolerance, watch=watch,
         )  # fmt: skip
     elif method == "pd_dpo":
         policy, descent = train_pd_dpo(made, beta, budget, steps)
@@ -100,6 +102,50 @@ def train(method, feedback, settings):
         raise ValueError(f"train: method={method!r}; expected one of {sorted(NOTEBOOKS)}")
     rows = labs.rows(made, truths, policy, method, NOTEBOOKS[method], feedback, time.time() - started, descent)
     return rows, [] if descent is None else descent.rounds
+
+
+def start(scores, beta, budget):
+    """The multiplier that dual descent starts from: `dual.one_shot` of the scores (rewards, costs) of stored samples; 1
+    where no choice among them meets the budget, which has no multiplier."""
+    solution = dual.one_shot(*scores, beta, budget)
+    return solution.lam if solution.feasible else 1.0
+
+
+def train_pretrained(made, feedback, budget, beta, schedule, reference_samples, samples, max_rounds):
+    """All methods on a `real.Real`, one after the other on its one adapter: {method: (weights, Descent or None, s)}.
+
+    Weights are `policies.snapshot`s. Scores come from `feedback`, for the dual steps too, since nobody votes. What two
+    methods share is trained once: plain DPO on helpfulness is stage 1 of two-stage primal-dual DPO, and one-shot is the
+    first round of dual descent.
+    """
+    lab, trained, started = made.lab, {}, time.time()
+
+    def keep(method, descent=None, since=0.0):
+        trained[method] = policies.snapshot(lab.model), descent, time.time() - started + since
+        print(f"{method}: {trained[method][2]:.0f} s", flush=True)
+        return time.time()
+
+    def after(policy, rounds):
+        if len(rounds) == 1:
+            keep("one_shot", dual.Descent(np.array(rounds[0]["lam"]), rounds[:1], False, "one round"))
+
+    loop = dict(samples=samples, max_rounds=max_rounds, tolerance=0.02)
+    algorithms.dpo(lab, made.helpful, beta, schedule)
+    started = keep("dpo_helpful")
+    _, descent = algorithms.pd_dpo(lab, lab.model, made.safety, feedback, budget, beta, schedule, **loop)
+    started = keep("pd_dpo", descent, trained["dpo_helpful"][2])
+    algorithms.dpo(lab, made.safety, beta, schedule)
+    started = keep("dpo_harmless")
+    pairs = made.frame.assign(chosen=made.frame.response_0, rejected=made.frame.response_1)
+    _, descent = algorithms.c_dpo(lab, pairs, feedback, budget, beta, schedule, lam=1.0, **loop)
+    started = keep("c_dpo", descent)
+    drawn = lab.sample_reference(reference_samples, made.seed)
+    lam = start(feedback.on(drawn), beta, budget)
+    _, descent = algorithms.dual_descent(
+        lab, drawn, feedback, budget, beta, schedule, lam=lam, dual_lr=0.5, watch=after, **loop
+    )
+    keep("dual_descent", descent)
+    return trained
 
 
 def train_pd_dpo(made, beta, budget, steps, labels=16):
@@ -115,23 +161,45 @@ def train_pd_dpo(made, beta, budget, steps, labels=16):
 
 
 def _job(name, feedback, settings):
-    if name not in labs.SCORERS:
-        return train(name, feedback, settings)
-    opened(settings)[0].scorer(name)  # into the cache, where the methods that need it find it
+    """[method, feedback, rows, rounds] of each run that the job makes."""
+    if name == "reference":  # into the cache, as scorers
+        scoring.require_feasible(opened(settings)[1])
+        return []
+    if name in labs.SCORERS:
+        seed, n_pairs, *sizes = (settings[field] for field in LAB)
+        labs.fill_cache(name, seed, n_pairs, dict(zip(LAB[2:], sizes, strict=True)))
+        return []
+    if (name, feedback) != ("dual_descent", "oracle"):
+        return [[name, feedback, *train(name, feedback, settings)]]
+    made, truths = opened(settings)
+    started, first = time.time(), []
+
+    def after(policy, rounds):
+        if len(rounds) == 1:  # one-shot is dual descent stopped here
+            descent = dual.Descent(np.array(rounds[0]["lam"]), rounds[:1], False, "one round")
+            seconds = time.time() - started
+            first.extend(labs.rows(made, truths, policy, "one_shot", NOTEBOOKS[name], feedback, seconds, descent))
+
+    rows, rounds = train(name, feedback, settings, after)
+    return [[name, feedback, rows, rounds], ["one_shot", feedback, first, rounds[:1]]]
 
 
 def complete(settings, folder=None):
-    """All RUNS: recorded ones from their records, the missing ones trained; ({key: (rows, rounds)}, trained keys)."""
+    """All RUNS: recorded ones from their records, the missing ones trained; ({key: (rows, rounds)}, trained keys).
+
+    Two processes share the work, the reference model and the scorers first. Raises RuntimeError, in one line, where one
+    of them fails: where no policy meets the budget, as soon as the reference is there to tell.
+    """
     runs = recorded(settings, folder)
     missing = [key for key in RUNS if key not in runs]
     if missing:
-        made = labs.open_lab(**{name: settings[name] for name in LAB})  # the reference, before two processes want it
         scored = {("c_dpo", "learned"), ("dual_descent", "learned")}
-        scorers = labs.SCORERS if scored & set(missing) else ()
-        if missing[0] in scored:  # nothing else to do while they are trained
-            made.scorers()
-            scorers = ()
-        jobs = [(kind, "learned", settings) for kind in scorers] + [(*key, settings) for key in missing]
-        done = workers.side_by_side(_job, jobs)
-        runs.update(zip(missing, done[len(scorers) :], strict=True))
+        first = [("reference", "")] + [(kind, "") for kind in labs.SCORERS if scored & set(missing)]
+        then = list(dict.fromkeys(("dual_descent", "oracle") if key[0] == "one_shot" else key for key in missing))
+        together = [first + then]
+        if then[0] in scored:  # nothing can be done while scorers are trained
+            together = [first, then]
+        for jobs in together:
+            for done in workers.side_by_side(_job, [(*job, settings) for job in jobs]):
+                runs.update({(method, feedback): (rows, rounds) for method, feedback, rows, rounds in done})
     return {key: runs[key] for key in RUNS}, missing

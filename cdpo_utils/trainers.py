@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from cdpo_utils import losses, ranks
-from cdpo_utils.logprobs import pad, token_logps
+from cdpo_utils.logprobs import MULTIPLE, pad, token_logps
 from cdpo_utils.policies import encode_answers, encode_prompts
 
 disable_progress_bars()  # a bar per column of a pair table would drown a notebook
@@ -91,7 +91,7 @@ class PairCollator:
         prompts = [row.get("prompt_ids", []) for row in rows] * 2
         answers = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         sequences = [(p + a)[: self.max_length] for p, a in zip(prompts, answers, strict=True)]
-        ids, mask = pad(sequences, self.pad_id, side="right")
+        ids, mask = pad(sequences, self.pad_id, "right", MULTIPLE)
         batch = {"input_ids": ids, "attention_mask": mask}
         if "prompt_ids" in rows[0]:
             starts = torch.tensor([len(p) for p in prompts])
@@ -101,22 +101,21 @@ class PairCollator:
         return batch
 
 
-def _answer_logps(model, ids, attention_mask, completion_mask):
+def _answer_logps(model, ids, completion_mask):
     """The model's output and the summed log-probabilities (n,) of the tokens under completion_mask.
 
+    Padding stands on the right, where causal attention never looks back at it: no mask is needed, which saves a tenth.
     TRL's fused head computes them without keeping the logits, at the price of a second pass over the head; where logits
     are no larger than the hidden states, as on the bench, that saves nothing and costs a third of a step.
     """
     width = completion_mask.shape[1] - 1  # slices of this width drop virtual tokens that prompt-learning prepends
     config = getattr(model, "module", model).config  # several processes wrap the model
     if config.vocab_size <= config.hidden_size:
-        out = model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+        out = model(input_ids=ids, use_cache=False)
         logps = token_logps(out.logits[:, -width - 1 : -1].float(), ids[:, 1:]) * completion_mask[:, 1:]
     else:
         labels = ids.masked_fill(completion_mask == 0, -100)
-        out = model(
-            input_ids=ids, attention_mask=attention_mask, use_cache=False, labels=labels, fused_lm_head=True
-        )  # fmt: skip
+        out = model(input_ids=ids, use_cache=False, labels=labels, fused_lm_head=True)
         logps = out.log_probs[:, -width:]  # 0 where masked
     return out, logps.sum(1)
 
@@ -153,7 +152,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         mode = "train" if self.model.training else "eval"
-        out, logps = _answer_logps(model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
+        out, logps = _answer_logps(model, inputs["input_ids"], inputs["completion_mask"])
         policy_chosen, policy_rejected = logps.chunk(2)
         ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         per_pair = losses.soft_dpo_loss(
@@ -210,7 +209,7 @@ def train_sft(model, tokenizer, prompts, answers, steps, batch_size, lr, seed, m
             "labels": [[-100] * len(p) + a for p, a in zip(prompt_ids, answer_ids, strict=True)],
         }
     )
-    args = _arguments(SFTConfig, batch_size, lr, seed, max_length=max_length)
+    args = _arguments(SFTConfig, batch_size, lr, seed, max_length=max_length, pad_to_multiple_of=MULTIPLE)
     trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=dataset)
     trainer.remove_callback(PrinterCallback)
     run_steps(trainer, steps, seed)

@@ -11,24 +11,26 @@ import os
 import queue
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 PROCESSES = 2
 
 
 def side_by_side(function, calls):
     """[function(*call) for call in calls], two at a time. `function` is one of a module; arguments and results are JSON
-    values. Raises RuntimeError, in one line, for a call that failed.
+    values. Raises RuntimeError, in one line, for the first call that fails; the others then end unfinished.
 
     Not multiprocessing, which would run a caller's script once more in every process.
     """
     command = [sys.executable, "-m", "cdpo_utils.workers"]
-    idle = queue.SimpleQueue()
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // PROCESSES))}  # read by torch
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    workers, idle = [], queue.SimpleQueue()
     with contextlib.ExitStack() as stack:
         for _ in range(min(PROCESSES, len(calls))):
-            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            worker = stack.enter_context(subprocess.Popen(command, text=True, **pipes))
+            worker = stack.enter_context(subprocess.Popen(command, text=True, env=environment, **pipes))
             stack.callback(_close, worker.stdin)  # the end of its input ends a worker
+            workers.append(worker)
             idle.put(worker)
 
         def run(call):
@@ -39,7 +41,16 @@ def side_by_side(function, calls):
                 idle.put(worker)
 
         with ThreadPoolExecutor(PROCESSES) as pool:
-            return list(pool.map(run, calls))
+            results = [pool.submit(run, call) for call in calls]
+            try:
+                for done in as_completed(results):
+                    done.result()
+            except BaseException:  # nobody will read what the others are doing
+                pool.shutdown(wait=False, cancel_futures=True)
+                for worker in workers:
+                    worker.kill()
+                raise
+            return [done.result() for done in results]
 
 
 def _close(pipe):
@@ -64,9 +75,6 @@ def _ask(worker, function, call):
 
 def _serve():
     """Answer lines of [module, name, arguments] on stdin, one at a time, until it ends."""
-    import torch  # only here: a parent has no use for it
-
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // PROCESSES))
     answers, sys.stdout = sys.stdout, sys.stderr  # what a function prints is no answer
     for line in sys.stdin:
         module, name, call = json.loads(line)

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cdpo_utils import algorithms, data, fetch, judges, labs, policies, real
+from cdpo_utils import algorithms, data, fetch, judges, labs, policies, real, run
 from cdpo_utils.logprobs import response_logps
 
 TEMPLATE = (  # SmolLM2's, with its default system prompt
@@ -399,3 +399,20 @@ def test_a_budget_may_count_from_the_reference(made):
     assert labs.budget_as_cost(made, -0.5, "reference") == pytest.approx(scores.mean() - 0.5)
     with pytest.raises(ValueError, match="budget_from='refrence'; expected 'absolute' or 'reference'"):
         labs.budget_as_cost(made, -0.5, "refrence")
+
+
+@pytest.mark.slow
+def test_the_comparison_runs_on_a_pretrained_model(folder, files, tmp_path, monkeypatch):
+    """Notebook 07 by parameters alone: all methods on one adapter, estimates with intervals in the gap's place."""
+    monkeypatch.setenv("CDPO_CACHE", str(tmp_path / "cache"))
+    given = {"model": folder, "data_file": files["data_file"], "n_pairs": 16, "steps": 4, "max_rounds": 2,
+             "n_prompts": 6, "max_new_tokens": 6, "max_length": 96, "beta": 0.1, "reference_samples": 4}  # fmt: skip
+    pairs = [part for name, value in given.items() for part in ("-p", name, str(value))]
+    assert run.main(["--only", "07", "--out", str(tmp_path), "--no-report", *pairs]) == 0
+    methods = json.loads((tmp_path / "latest" / "summary.json").read_text(encoding="utf-8"))["methods"]
+    named = [row["method"] for row in methods]
+    assert named == ["reference", "dpo_helpful", "pd_dpo", "dpo_harmless", "c_dpo", "one_shot", "dual_descent"]
+    for row in methods:
+        assert row["setting"] == "tiny-instruct" and row["gap"] is None and row["split"] == "test"
+        assert (row["lam"] is None) == (row["method"] in ("reference", "dpo_helpful", "dpo_harmless"))
+        assert row["kl_ref"] == 0 if row["method"] == "reference" else row["kl_ref"] != 0

@@ -190,7 +190,7 @@ def test_both_ways_to_the_logps_agree_in_value_and_gradient(ours, monkeypatch):
     """The head over stored logits (small vocabularies) and TRL's fused one, which recomputes them."""
     trainer, _ = ours()
     model, batch = trainer.model, trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
-    arguments = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
+    arguments = batch["input_ids"], batch["completion_mask"]
     seen = []
     for vocabulary, kept in ((1, True), (10**6, False)):
         monkeypatch.setattr(model.config, "vocab_size", vocabulary)

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -17,6 +18,13 @@ def test_results_come_in_the_order_of_the_calls():
 def test_a_failure_names_the_call_and_the_reason():
     with pytest.raises(RuntimeError, match=r"sqrt\(-1,\) in a process of its own: ValueError: math domain error"):
         workers.side_by_side(math.sqrt, [(-1,)])
+
+
+def test_a_failure_ends_the_others():
+    started = time.time()
+    with pytest.raises(RuntimeError, match="sleep length must be non-negative"):
+        workers.side_by_side(time.sleep, [(60,), (-1,), (60,)])
+    assert time.time() - started < 50
 
 
 def test_a_script_without_a_guard_runs_once(tmp_path):
