@@ -27,11 +27,13 @@ def pad(sequences, value, side="left", multiple=1):
 
 
 def token_batches(order, lengths, batch_tokens):
-    """Cut `order` (indices, shortest sequence first) into batches of at most `batch_tokens` tokens after padding."""
+    """Cut `order` (indices, shortest sequence first) into batches of at most `batch_tokens` tokens after padding to a
+    `MULTIPLE`; one sequence at least."""
+    width = [-(-length // MULTIPLE) * MULTIPLE for length in lengths]
     start = 0
     while start < len(order):
         stop = start + 1
-        while stop < len(order) and lengths[order[stop]] * (stop + 1 - start) <= batch_tokens:
+        while stop < len(order) and width[order[stop]] * (stop + 1 - start) <= batch_tokens:
             stop += 1
         yield order[start:stop]
         start = stop

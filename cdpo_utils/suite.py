@@ -201,5 +201,6 @@ def complete(settings, folder=None):
             together = [first, then]
         for jobs in together:
             for done in workers.side_by_side(_job, [(*job, settings) for job in jobs]):
-                runs.update({(method, feedback): (rows, rounds) for method, feedback, rows, rounds in done})
+                for method, feedback, rows, rounds in done:
+                    runs.setdefault((method, feedback), (rows, rounds))
     return {key: runs[key] for key in RUNS}, missing

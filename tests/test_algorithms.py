@@ -1,5 +1,7 @@
 """The methods: what they hand to the trainer, what they leave alone, and that they arrive."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -101,10 +103,17 @@ def test_sampled_labels_have_the_soft_ones_as_their_mean():
 # --- what is handed to the trainer ------------------------------------------------------------------------------------
 
 
+def test_dpo_takes_a_random_part_of_rows_that_it_would_not_reach(lab, helpful, rounds):
+    algorithms.dpo(lab, helpful, 0.7, QUICK)  # two steps of 16
+    chosen = policies.encode_answers(lab.tokenizer, helpful.chosen)
+    assert len(rounds[0]["chosen_ids"]) == 32 and all(ids in chosen for ids in rounds[0]["chosen_ids"])
+    assert rounds[0]["chosen_ids"] != chosen[:32], "not the first rows, which a file may have sorted"
+
+
 def test_dpo_trains_on_hard_labels_from_the_reference(lab, helpful, rounds):
-    policy, _ = algorithms.dpo(lab, helpful, 0.7, QUICK)
+    policy, _ = algorithms.dpo(lab, helpful, 0.7, replace(QUICK, steps=4))
     (seen,) = rounds
-    assert seen["beta"] == 0.7 and seen["steps"] == 2 and seen["pref_prob"] == [1.0] * 60
+    assert seen["beta"] == 0.7 and seen["steps"] == 4 and seen["pref_prob"] == [1.0] * 60
     for side in ("chosen", "rejected"):
         assert seen[f"{side}_ids"] == policies.encode_answers(lab.tokenizer, helpful[side])
         expected = response_logps(lab.model, seen["prompt_ids"], seen[f"{side}_ids"])
@@ -169,6 +178,23 @@ def test_sampled_pairs_take_every_sample_equally_often_and_never_twice_in_a_pair
     assert counts[2, 3] == 0 and np.all(np.delete(counts, 2, 0) == 4) and counts[2].sum() == 2 * (4 * 3 - 4)
     assert np.allclose(reward, rewards[tuple(a.T)] - rewards[tuple(b.T)])
     assert cost.shape == (len(reward), 2) and np.allclose(cost, costs[tuple(a.T)] - costs[tuple(b.T)])
+
+
+def test_one_shot_is_dual_descent_after_its_first_round(lab, oracle):
+    samples, seen = lab.sample_reference(16, seed=0), []
+    policy, _, solution = algorithms.one_shot(lab, samples, oracle, 0.2, 1.0, QUICK, samples=4)
+
+    def watch(policy, rounds):
+        seen.append((len(rounds), policies.snapshot(policy)))
+
+    other, _ = algorithms.dual_descent(
+        lab, samples, oracle, 0.2, 1.0, replace(QUICK, round_steps=4), samples=4, lam=solution.lam, max_rounds=2,
+        watch=watch,
+    )  # fmt: skip
+    assert [n for n, _ in seen] == [1, 2]
+    assert all(torch.equal(value, seen[0][1][name]) for name, value in policies.snapshot(policy).items())
+    assert all(torch.equal(value, seen[1][1][name]) for name, value in policies.snapshot(other).items())
+    assert any(not torch.equal(value, seen[0][1][name]) for name, value in seen[1][1].items())
 
 
 def test_one_shot_is_one_round_with_the_dual_of_the_samples(lab, oracle, rounds):

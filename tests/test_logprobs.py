@@ -94,10 +94,10 @@ def test_sums_over_answer_tokens_and_not_means():
 
 
 def test_a_large_vocabulary_gets_smaller_batches(monkeypatch):
-    monkeypatch.setattr(logprobs, "MAX_LOGITS", 8 * 6)
+    monkeypatch.setattr(logprobs, "MAX_LOGITS", 8 * 17)
     model = Uniform()
     response_logps(model, [[1, 2]] * 7, [[3]] * 7)
-    assert model.tokens == (6, 6, 6, 3)
+    assert model.tokens == (16, 16, 16, 8), "two rows a batch, three tokens padded to eight"
 
 
 def test_the_end_counts_and_the_prompt_does_not(tokenizer, prompts):
@@ -165,10 +165,10 @@ def test_pad():
 def test_batches_hold_every_row_once_and_stay_within_their_tokens():
     lengths = [3, 9, 4, 4, 20, 1]
     order = sorted(range(6), key=lengths.__getitem__)
-    batches = list(logprobs.token_batches(order, lengths, 12))
-    assert sum(batches, []) == order
-    assert all(len(b) == 1 or max(lengths[i] for i in b) * len(b) <= 12 for b in batches)
-    assert len(batches) < 6
+    batches = list(logprobs.token_batches(order, lengths, 24))
+    assert sum(batches, []) == order and [len(b) for b in batches] == [3, 1, 1, 1]
+    padded = [logprobs.pad([[1] * lengths[i] for i in b], 0, "right", logprobs.MULTIPLE)[0] for b in batches]
+    assert [tuple(ids.shape) for ids in padded] == [(3, 8), (1, 8), (1, 16), (1, 24)]
 
 
 def test_bf16_logits_are_summed_in_float32(monkeypatch, reference, prompts, answers):

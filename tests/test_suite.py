@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from cdpo_utils import record, suite
@@ -36,3 +37,50 @@ def test_a_record_with_the_same_parameters_is_taken(recorded):
 )  # fmt: skip
 def test_a_record_that_differs_in_anything_is_not(recorded, changes):
     assert recorded(**changes) == {}
+
+
+def planned(monkeypatch, tmp_path, known):
+    """The jobs of `complete` where the runs `known` are recorded: [[(name, feedback), ...] side by side, ...]."""
+    seen = []
+
+    def side_by_side(function, calls):
+        assert all(call[2] == SETTINGS for call in calls)
+        seen.append([tuple(call[:2]) for call in calls])
+        done = {call[:2]: [[*call[:2], ["row"], []]] for call in calls if call[:2] in suite.RUNS}
+        if ("dual_descent", "oracle") in done:
+            done["dual_descent", "oracle"].append(["one_shot", "oracle", ["row"], []])
+        return [done.get(call[:2], []) for call in calls]
+
+    monkeypatch.setattr(suite.workers, "side_by_side", side_by_side)
+    monkeypatch.setattr(suite, "recorded", lambda settings, folder: {key: (["recorded"], []) for key in known})
+    runs, trained = suite.complete(SETTINGS, tmp_path)
+    assert list(runs) == list(suite.RUNS) and trained == [key for key in suite.RUNS if key not in known]
+    assert all(rows == (["recorded"] if key in known else ["row"]) for key, (rows, _) in runs.items())
+    return seen
+
+
+def test_the_reference_and_the_scorers_come_first_and_one_shot_with_dual_descent(monkeypatch, tmp_path):
+    (jobs,) = planned(monkeypatch, tmp_path, known=())
+    assert jobs[:3] == [("reference", ""), ("reward", ""), ("cost", "")]
+    assert jobs[3:] == [key for key in suite.RUNS if key[0] != "one_shot"]
+
+
+def test_scorers_are_waited_for_where_nothing_else_is_missing(monkeypatch, tmp_path):
+    known = [key for key in suite.RUNS if key != ("c_dpo", "learned")]
+    assert planned(monkeypatch, tmp_path, known)[1:] == [[("c_dpo", "learned")]]
+
+
+def test_nothing_is_started_where_all_is_recorded(monkeypatch, tmp_path):
+    assert planned(monkeypatch, tmp_path, suite.RUNS) == []
+
+
+def test_a_missing_one_shot_alone_needs_no_scorer(monkeypatch, tmp_path):
+    known = [key for key in suite.RUNS if key != ("one_shot", "oracle")]
+    assert planned(monkeypatch, tmp_path, known) == [[("reference", ""), ("dual_descent", "oracle")]]
+
+
+def test_dual_descent_starts_at_one_where_no_stored_answer_will_do():
+    rewards, costs = np.zeros((2, 3)), np.array([[1.0, 2.0, 3.0], [1.0, 1.5, 2.0]])[..., None]
+    assert suite.start((rewards, costs), 1.0, 0.9) == 1.0
+    assert np.isfinite(suite.start((rewards, costs), 1.0, 1.2)).all()
+    assert suite.start((rewards, costs), 1.0, 1.2) != 1.0

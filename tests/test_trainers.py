@@ -303,17 +303,17 @@ def test_the_batch_is_the_one_of_trl(tokenizer, texts, max_length):
     columns = {name: np.linspace(-3, 0, 32) for name in trainers.REF_COLUMNS}
     rows = list(trainers.pair_dataset(tokenizer, *texts, **columns))
     mine = trainers.PairCollator(tokenizer.pad_token_id, trainers.REF_COLUMNS, max_length)(rows)
-    theirs = dpo_trainer.DataCollatorForPreference(tokenizer.pad_token_id, max_length)(rows)
+    theirs = dpo_trainer.DataCollatorForPreference(tokenizer.pad_token_id, max_length, pad_to_multiple_of=8)(rows)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert max_length is None or mine["input_ids"].shape[1] == max_length
+    assert mine["input_ids"].shape[1] == 8 * np.ceil((max_length or int(mine["attention_mask"].sum(1).max())) / 8)
 
 
 def test_the_batch_of_scorers_is_the_one_of_trl(tokenizer, texts):
     _, chosen, rejected = (policies.encode_answers(tokenizer, t) for t in texts)
     rows = [{"chosen_ids": a, "rejected_ids": b, "margin": 0.5} for a, b in zip(chosen, rejected, strict=True)]
     mine = trainers.PairCollator(tokenizer.pad_token_id, ("margin",))(rows)
-    theirs = reward_trainer.DataCollatorForPreference(tokenizer.pad_token_id)(rows)
+    theirs = reward_trainer.DataCollatorForPreference(tokenizer.pad_token_id, pad_to_multiple_of=8)(rows)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
