@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
+from safetensors.torch import save_file
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from cdpo_utils import losses, ranks
+from cdpo_utils import losses, ranks, record
 from cdpo_utils.logprobs import MULTIPLE, pad, token_logps
-from cdpo_utils.policies import encode_answers, encode_prompts
+from cdpo_utils.policies import encode_answers, encode_prompts, snapshot
 
 disable_progress_bars()  # a bar per column of a pair table would drown a notebook
 
@@ -165,9 +166,24 @@ class PreferenceTrainer(DPOTrainer):
             level = losses.level_loss(*map(ranks.with_others, (logps, sampler))) * ranks.world()
             loss = loss + self.level * self.beta**2 * level
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at optimiser step {self.state.global_step}")
+            raise FloatingPointError(f"the loss is {loss.item()} at {self._stopped_at(per_pair, inputs)}")
         self._log_pairs(mode, inputs, policy_chosen - ref_chosen, policy_rejected - ref_rejected)
         return (loss, out) if return_outputs else loss
+
+    def _stopped_at(self, per_pair, inputs):
+        """Where a loss broke, in one line; the weights before that step and the log history are kept."""
+        folder = record.records_dir().parent / "stopped"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: w.contiguous() for name, w in snapshot(self.model).items()}, folder / "weights.safetensors")
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        broken = (~torch.isfinite(per_pair)).nonzero().flatten().tolist()
+        where = "the level term"
+        if broken:
+            k = broken[0]
+            text = self.processing_class.decode(inputs["input_ids"][k][inputs["attention_mask"][k].bool()])
+            known = {name: inputs[name][k].item() for name in (*REF_COLUMNS, "pref_prob")}
+            where = f"{len(broken)} of {len(per_pair)} pairs, the first {text[:200]!r} (chosen) with {known}"
+        return f"optimiser step {self.state.global_step}: {where}; the weights before it are in {folder}"
 
     @torch.no_grad()
     def _log_pairs(self, mode, inputs, chosen_logratio, rejected_logratio):

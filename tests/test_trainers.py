@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardTrainer
 from trl.trainer import dpo_trainer, reward_trainer
@@ -276,11 +277,21 @@ def test_the_seed_of_a_round_decides_the_order_of_rows(ours):
     assert seen[0] != seen[2], "lr = 0: only the order can differ"
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(tokenizer, reference, texts):
-    rows = rows_of(reference, tokenizer, texts, [np.nan] * 32)
-    trainer = trainers.preference_trainer(policies.clean_copy(reference), tokenizer, rows, 1.0, 8, 1e-3, 0)
-    with pytest.raises(FloatingPointError, match="loss is nan at optimiser step 0"):
+def test_a_loss_that_is_not_a_number_stops_the_run_names_the_pair_and_keeps_the_weights(
+    tokenizer, reference, texts, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CDPO_RUN_DIR", str(tmp_path))
+    rows = rows_of(reference, tokenizer, texts, [1.0] * 31 + [np.nan])
+    trainer = trainers.preference_trainer(policies.clean_copy(reference), tokenizer, rows, 1.0, 32, 1e-3, 0)
+    with pytest.raises(
+        FloatingPointError, match="loss is nan at optimiser step 0: 1 of 32 pairs, the first "
+    ) as stopped:
         trainers.run_steps(trainer, 1, seed=0)
+    line = str(stopped.value)
+    assert f"{texts[0][31]} <|assistant|> {texts[1][31]}" in line and "'pref_prob': nan" in line and "\n" not in line
+    kept = load_file(next(tmp_path.rglob("weights.safetensors")))
+    before = dict(reference.named_parameters())
+    assert kept and all(torch.equal(value, before[name]) for name, value in kept.items())
 
 
 def test_what_the_trainer_does_not_implement_is_refused(tokenizer, reference, texts):
