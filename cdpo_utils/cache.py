@@ -45,9 +45,7 @@ def cached_weights(name, settings, model, train):
     """Give `model` its trained weights: from the cache, or by `train(model)`, which is then kept. Returns the model."""
     path = entry(name, settings)
     with contextlib.suppress(SafetensorError, RuntimeError):  # damaged, or another model's: train
-        body = _read(path)
-        # several processes train together or not at all
-        if all(ranks.merge({ranks.rank(): body is not None}).values()):
+        if _on_all_ranks(body := _read(path)):
             model.load_state_dict(load(body))
             return model
     train(model)
@@ -59,11 +57,16 @@ def cached_weights(name, settings, model, train):
 def cached_json(name, settings, make):
     """The JSON value of `name` made with `settings`: from the cache, or by `make()`, which is then kept."""
     path = cache_dir() / f"{name}-{key_of(settings)}.json"
-    if (body := _read(path)) is not None:
+    if _on_all_ranks(body := _read(path)):
         return json.loads(body)
     value = make()
     _write(path, json.dumps(value).encode())
     return value
+
+
+def _on_all_ranks(body):
+    """Whether every process has found its entry: several make a new one together or not at all."""
+    return all(ranks.merge({ranks.rank(): body is not None}).values())
 
 
 def _read(path):

@@ -111,8 +111,10 @@ def start(scores, beta, budget):
     return solution.lam if solution.feasible else 1.0
 
 
-def train_pretrained(made, feedback, budget, beta, schedule, reference_samples, samples, max_rounds):
-    """All methods on a `real.Real`, one after the other on its one adapter: {method: (weights, Descent or None, s)}.
+def train_pretrained(
+    made, feedback, budget, beta, schedule, reference_samples, samples, max_rounds, methods=tuple(NOTEBOOKS)
+):
+    """`methods` on a `real.Real`, one after the other on its one adapter: {method: (weights, Descent or None, s)}.
 
     Weights are `policies.snapshot`s. Scores come from `feedback`, for the dual steps too, since nobody votes. What two
     methods share is trained once: plain DPO on helpfulness is stage 1 of two-stage primal-dual DPO, and one-shot is the
@@ -130,22 +132,26 @@ def train_pretrained(made, feedback, budget, beta, schedule, reference_samples, 
             keep("one_shot", dual.Descent(np.array(rounds[0]["lam"]), rounds[:1], False, "one round"))
 
     loop = dict(samples=samples, max_rounds=max_rounds, tolerance=0.02)
-    algorithms.dpo(lab, made.helpful, beta, schedule)
-    started = keep("dpo_helpful")
-    _, descent = algorithms.pd_dpo(lab, lab.model, made.safety, feedback, budget, beta, schedule, **loop)
-    started = keep("pd_dpo", descent, trained["dpo_helpful"][2])
-    algorithms.dpo(lab, made.safety, beta, schedule)
-    started = keep("dpo_harmless")
-    pairs = made.frame.assign(chosen=made.frame.response_0, rejected=made.frame.response_1)
-    _, descent = algorithms.c_dpo(lab, pairs, feedback, budget, beta, schedule, lam=1.0, **loop)
-    started = keep("c_dpo", descent)
-    drawn = lab.sample_reference(reference_samples, made.seed)
-    lam = start(feedback.on(drawn), beta, budget)
-    _, descent = algorithms.dual_descent(
-        lab, drawn, feedback, budget, beta, schedule, lam=lam, dual_lr=0.5, watch=after, **loop
-    )
-    keep("dual_descent", descent)
-    return trained
+    if {"dpo_helpful", "pd_dpo"} & set(methods):
+        algorithms.dpo(lab, made.helpful, beta, schedule)
+        started = keep("dpo_helpful")
+    if "pd_dpo" in methods:
+        _, descent = algorithms.pd_dpo(lab, lab.model, made.safety, feedback, budget, beta, schedule, **loop)
+        started = keep("pd_dpo", descent, trained["dpo_helpful"][2])
+    if "dpo_harmless" in methods:
+        algorithms.dpo(lab, made.safety, beta, schedule)
+        started = keep("dpo_harmless")
+    if "c_dpo" in methods:
+        pairs = made.frame.assign(chosen=made.frame.response_0, rejected=made.frame.response_1)
+        _, descent = algorithms.c_dpo(lab, pairs, feedback, budget, beta, schedule, lam=1.0, **loop)
+        started = keep("c_dpo", descent)
+    if {"one_shot", "dual_descent"} & set(methods):
+        drawn = lab.sample_reference(reference_samples, made.seed)
+        loop |= dict(lam=start(feedback.on(drawn), beta, budget), dual_lr=0.5, watch=after)
+        loop |= {} if "dual_descent" in methods else {"max_rounds": 1}
+        _, descent = algorithms.dual_descent(lab, drawn, feedback, budget, beta, schedule, **loop)
+        keep("dual_descent", descent)
+    return {method: result for method, result in trained.items() if method in methods}
 
 
 def train_pd_dpo(made, beta, budget, steps, labels=16):

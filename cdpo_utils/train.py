@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node 2 -m cdpo_utils.train --config configs/dual_descent.yaml
 
 Ranks divide each batch, the sampling and the reference log-probabilities (`ranks`); the multiplier is computed from the
-answers of all of them, once for every rank. Rank 0 writes `out`/<method>.json: the configuration, the
-rows of a summary, and the rounds.
+answers of all of them, once for every rank. Rank 0 writes `out`/<method>.json: the configuration, the rows of a
+summary, and the rounds; for a pretrained model also the intervals, and the adapter in `out`/<method>/.
 
 Exit status: 0 done, 2 not understood and nothing trained.
 """
@@ -24,7 +24,8 @@ from cdpo_utils import ranks, record, run
 
 @dataclasses.dataclass
 class Config:
-    """What a configuration file may name; see the parameters of notebook 07."""
+    """What a configuration file may name; see the parameters of notebook 07. Files and what follows them are for a
+    pretrained `model`; `steps` is then to be set, too."""
 
     method: str = "dual_descent"
     feedback: str = "oracle"
@@ -36,6 +37,16 @@ class Config:
     budget: float = 0.0
     steps: int = 300
     shards: int = 8  # of the prompts, when answers are sampled: at least the number of processes
+    model: str = ""  # empty is the bench
+    data_file: str = ""
+    helpful_file: str = ""
+    safety_file: str = ""
+    max_rounds: int = 3
+    samples: int = 2
+    reference_samples: int = 8
+    n_prompts: int = 24
+    max_new_tokens: int = 48
+    max_length: int = 192
     out: str = "runs/train"
 
 
@@ -53,7 +64,7 @@ def read_config(file):
 
 
 def train(config):
-    """Train `config.method`; its method rows and rounds. With several processes, all of them call this."""
+    """Train `config.method`: {"methods": its rows, "rounds": ...}. With several processes, all of them call this."""
     from cdpo_utils import labs, scoring, suite  # TRL takes seconds to load: not for a mistyped field
 
     known = {(method, feedback) for method, feedback in suite.RUNS}
@@ -62,6 +73,8 @@ def train(config):
         raise run.NotUnderstood(f"method {config.method} with feedback {config.feedback}; there are {pairs}")
     if config.shards < ranks.world():
         raise run.NotUnderstood(f"shards {config.shards}; expected at least {ranks.world()}, one a process")
+    if config.model:
+        return train_pretrained(config)
     if 64 % ranks.world():  # every batch of the bench is of 64 or 128 pairs
         raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of 64; expected a power of 2")
     settings = dataclasses.asdict(config)
@@ -74,7 +87,42 @@ def train(config):
     if config.feedback == "learned" and config.method in ("c_dpo", "dual_descent"):
         for kind in labs.SCORERS:  # by all ranks together, not side by side in processes of their own
             made.scorer(kind)
-    return suite.train(config.method, config.feedback, settings)
+    rows, rounds = suite.train(config.method, config.feedback, settings)
+    return {"methods": rows, "rounds": rounds}
+
+
+def train_pretrained(config):
+    """The same for a pretrained model, judged beside its reference by sampled answers."""
+    from cdpo_utils import algorithms, data, labs, suite
+
+    if config.feedback != "learned":
+        raise run.NotUnderstood(f"feedback {config.feedback}: the truth about {config.model} is unknown; say learned")
+    names = ("seed", "n_pairs", "model", "data_file", "helpful_file", "safety_file", "n_prompts", "max_new_tokens",
+             "max_length")  # fmt: skip
+    try:
+        made = labs.open_lab(**{name: getattr(config, name) for name in names})
+    except data.DataError as error:
+        raise run.NotUnderstood(str(error)) from None
+    made.lab.shards = min(config.shards, len(made.lab.prompts))
+    feedback = made.learned_feedback(*made.scorers())
+    schedule = algorithms.Schedule(
+        steps=config.steps, round_steps=config.steps // 2, seed=config.seed, **made.optimiser
+    )
+    trained = suite.train_pretrained(
+        made, feedback, config.budget, config.beta, schedule, config.reference_samples, config.samples,
+        config.max_rounds, methods=(config.method,),
+    )  # fmt: skip
+    weights, descent, seconds = trained[config.method]
+    rows, intervals, tests = made.judge(
+        {"reference": None, config.method: weights}, feedback, config.budget, suite.NOTEBOOKS[config.method],
+        config.samples, {config.method: seconds}, {config.method: descent} if descent else {},
+    )  # fmt: skip
+    if ranks.rank() == 0:
+        made.lab.model.save_pretrained(Path(config.out) / config.method)
+    return {
+        "methods": rows, "rounds": descent.rounds if descent else [], "intervals": intervals.to_dict("records"),
+        "tests": tests.reset_index(names="method").to_dict("records"),
+    }  # fmt: skip
 
 
 def main(argv=None):
@@ -84,7 +132,7 @@ def main(argv=None):
     try:
         config = read_config(parser.parse_args(argv).config)
         PartialState(cpu=not torch.cuda.is_available())  # joins the other processes, where there are any
-        rows, rounds = train(config)
+        trained = train(config)
     except run.NotUnderstood as error:
         print(error, file=sys.stderr)
         return 2
@@ -92,10 +140,12 @@ def main(argv=None):
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
         result = {"config": dataclasses.asdict(config), "processes": ranks.world(), "versions": record.versions()}
-        text = json.dumps(result | {"methods": rows, "rounds": rounds}, indent=1, allow_nan=False)
+        text = json.dumps(result | trained, indent=1, allow_nan=False)
         (out / f"{config.method}.json").write_text(text + "\n", encoding="utf-8")
-        for row in rows:
-            print(f"{row['method']} {row['split']}: gap {row['gap']:.2f} %, violation {row['violation']:+.4f}")
+        for row in trained["methods"]:
+            gap = "unknown" if row["gap"] is None else f"{row['gap']:.2f} %"
+            print(f"{row['method']} {row['split']}: gap {gap}, reward {row['reward']:.3f}, "
+                  f"violation {row['violation']:+.4f}")  # fmt: skip
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

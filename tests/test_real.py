@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
+from test_train import launch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -416,3 +418,25 @@ def test_the_comparison_runs_on_a_pretrained_model(folder, files, tmp_path, monk
         assert row["setting"] == "tiny-instruct" and row["gap"] is None and row["split"] == "test"
         assert (row["lam"] is None) == (row["method"] in ("reference", "dpo_helpful", "dpo_harmless"))
         assert row["kl_ref"] == 0 if row["method"] == "reference" else row["kl_ref"] != 0
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_judge_a_pretrained_policy(folder, files, tmp_path):
+    """The script twin on files: scorers, adapter, sampling and dual steps by two ranks as by one."""
+    text = (
+        f"method: {{method}}\nfeedback: learned\nmodel: {folder}\ndata_file: {files['data_file']}\nout: {{out}}\n"
+        "n_pairs: 16\nsteps: 4\nmax_rounds: 2\nn_prompts: 6\nmax_new_tokens: 6\nmax_length: 96\nbeta: 0.1\nshards: 2\n"
+    )
+    one, two = (launch(tmp_path, n, "pd_dpo", tmp_path / f"cache-{n}", text) for n in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2) and len(one["rounds"]) == len(two["rounds"]) == 2
+    for a, b in zip(one["rounds"], two["rounds"], strict=True):
+        assert a["steps"] == b["steps"] and a["samples"] == b["samples"] == 12
+        assert a["lam"] == pytest.approx(b["lam"], abs=1e-3) and a["cost"] == pytest.approx(b["cost"], abs=1e-3)
+    assert [row["method"] for row in two["methods"]] == ["reference", "pd_dpo"]
+    for a, b in zip(one["methods"], two["methods"], strict=True):
+        assert a["reward"] == pytest.approx(b["reward"], abs=1e-3) and a["kl_ref"] == pytest.approx(
+            b["kl_ref"], abs=1e-3
+        )
+    base, _ = real.load_model(str(folder))
+    kept = PeftModel.from_pretrained(base, tmp_path / "by-2" / "pd_dpo")
+    assert any(value.abs().max() > 0 for name, value in kept.state_dict().items() if "lora_B" in name)

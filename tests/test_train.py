@@ -14,9 +14,10 @@ from cdpo_utils import losses, ranks, train
 TINY = "method: {method}\nfeedback: oracle\nn_pairs: 500\nn_objects: 3\nn_tools: 3\nsteps: 20\nshards: 3\nout: {out}\n"
 
 
-def launch(folder, processes, method, cache):
+def launch(folder, processes, method, cache, text=TINY):
+    """The result of `text`, a configuration, by that many processes."""
     config, out = folder / "config.yaml", folder / f"by-{processes}"
-    config.write_text(TINY.format(method=method, out=out), encoding="utf-8")
+    config.write_text(text.format(method=method, out=out), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
         [*command, "-m", "cdpo_utils.train", "--config", str(config)],
@@ -73,6 +74,8 @@ def test_the_level_term_spans_all_ranks(tmp_path):
         ("- 1", "expected lines of `name: value`"),
         ("budget: -50\nn_pairs: 100", "budget -50.000 cannot be met: smallest attainable cost on train is "),
         ("method: ppo", "method ppo with feedback oracle; there are c_dpo with learned, "),
+        ("model: nowhere/at-all", "feedback oracle: the truth about nowhere/at-all is unknown; say learned"),
+        ("model: ./nowhere\nfeedback: learned", "a pretrained model needs data_file (both labels), or helpful_file"),
     ],
 )
 def test_a_bad_configuration_is_one_line(tmp_path, capsys, text, message):
