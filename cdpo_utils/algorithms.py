@@ -37,11 +37,12 @@ class Lab:
     shards: int = 1  # parts of the prompts with a random stream each: what is sampled does not depend on who samples it
     cache: dict = field(default_factory=dict, repr=False)  # (prompt ids, answer ids) -> log pi_ref
 
-    def new_policy(self):
-        """A trainable policy equal to the reference. With LoRA the one adapter is set back, so keep a `snapshot`."""
+    def new_policy(self, seed=0):
+        """A trainable policy equal to the reference. With LoRA the one adapter is set back, its random part drawn from
+        `seed`, so keep a `snapshot`."""
         if not isinstance(self.model, PeftModel):
             return policies.clean_copy(self.model)
-        policies.reset_adapter(self.model)
+        policies.reset_adapter(self.model, seed)
         return self.model
 
     def logps(self, model, prompt_ids, answer_ids, cache):
@@ -155,7 +156,7 @@ def dpo(lab, frame, beta, schedule):
     if len(frame) > schedule.steps * schedule.batch_size:
         frame = frame.sample(schedule.steps * schedule.batch_size, random_state=schedule.seed)
     pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
-    policy = lab.new_policy()
+    policy = lab.new_policy(schedule.seed)
     trainer = _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)
     trainers.run_steps(trainer, schedule.steps, schedule.seed)
     return policy, trainer.state.log_history
@@ -214,6 +215,13 @@ def one_shot(lab, reference_samples, feedback, budget, beta, schedule, labels="s
     return policy, descent, solution
 
 
+def starting_lam(scores, beta, budget):
+    """The multiplier that dual descent starts from: `dual.one_shot` of the scores (rewards, costs) of stored samples; 1
+    where no choice among them meets the budget, which then has no multiplier."""
+    solution = dual.one_shot(*scores, beta, budget)
+    return ranks.of_first(solution.lam if solution.feasible else np.ones(len(solution.lam)))
+
+
 def sampled_pairs(lab, samples, feedback, seed, pairings=4):
     """Pair each prompt's reference samples at random, every sample in `pairings` pairs: tokenised pairs with reference
     log-probabilities, and the differences chosen - rejected of reward (n,) and costs (n, m)."""
@@ -242,7 +250,7 @@ def _lagrangian_dpo(
 ):
     """The loop that C-DPO and dual descent share: they differ in where pairs come from."""
     rng = np.random.default_rng([schedule.seed, 6])
-    policy = lab.new_policy()
+    policy = lab.new_policy(schedule.seed)
     budget = np.atleast_1d(np.asarray(budget, float))
     trainer = _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)
 
@@ -253,7 +261,7 @@ def _lagrangian_dpo(
 
     def measure(k):
         rewards, costs = ranks.of_first(feedback.on(lab.sample(policy, samples, schedule.seed + 1000 + k)))
-        return costs, {"reward": float(np.nanmean(rewards)), "labels": 0}
+        return costs, {"reward": float(dual.prompt_mean(rewards)), "labels": 0}
 
     start = np.broadcast_to(np.atleast_1d(np.asarray(lam, float)), budget.shape)
     watch = watch and functools.partial(watch, policy)
@@ -300,7 +308,7 @@ def pd_dpo(
 
     def measure(k):
         rewards, costs = ranks.of_first(feedback.on(lab.sample(policy, samples, schedule.seed + 1000 + k)))
-        return costs, {"reward": float(np.nanmean(rewards)), "labels": labels * costs.size}
+        return costs, {"reward": float(dual.prompt_mean(rewards)), "labels": labels * costs.size}
 
     watch = watch and functools.partial(watch, policy)
     return policy, dual.descend(maximise, measure, lam, budget, beta, watch=watch, **loop)

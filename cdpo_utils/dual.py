@@ -33,6 +33,17 @@ def step_size(costs, beta):
     return beta / np.maximum(covariance.sum(1), 1e-6)
 
 
+def prompt_mean(values):
+    """Mean over prompts of the mean over judged answers: (P, n, ...) with NaN for the unjudged -> (...).
+
+    Every prompt weighs the same, as in the expectation. A mean over all answers would weigh a prompt by its judged
+    ones, and where a policy leaves the grammar more on costly prompts than on cheap ones, that mean is too low.
+    """
+    judged = ~np.isnan(values)
+    means = np.where(judged, values, 0).sum(1) / np.maximum(judged.sum(1), 1)
+    return np.where(judged.any(1), means, 0).sum(0) / np.maximum(judged.any(1).sum(0), 1)
+
+
 def absolute_budget(reference_cost, improvement):
     """CAID states E_pi[g] - E_ref[g] >= b with g = -c; here E_pi[c] <= d with d = E_ref[c] - b."""
     return np.asarray(reference_cost, float) - np.asarray(improvement, float)
@@ -129,7 +140,7 @@ def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tol
     for k in range(max_rounds):
         steps = maximise(lam, k)
         costs, extra = measure(k)
-        cost = np.nanmean(costs, (0, 1))
+        cost = prompt_mean(costs)
         violation = cost - budget
         rounds.append({"lam": lam.tolist(), "cost": cost.tolist(), "violation": violation.tolist(), "steps": steps})
         outside = int(np.isnan(costs).any(-1).sum())

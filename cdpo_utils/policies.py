@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
 from cdpo_utils.logprobs import MULTIPLE, pad, token_batches
 
@@ -98,7 +99,11 @@ def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.
 
 
 def _read(model, ids, mask, n):
-    """The key-value cache of left-padded prompts, each `n` times in a row."""
+    """The key-value cache of left-padded prompts, each `n` times in a row; None, so that `generate` reads them itself,
+    where a layer keeps another state than keys and values, which transformers cannot repeat."""
+    layers = DynamicCache(config=model.config).layers
+    if not ids.shape[1] or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        return None
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
     out.past_key_values.batch_repeat_interleave(n)
@@ -139,11 +144,13 @@ def restore(model, weights):
 
 
 @torch.no_grad()
-def reset_adapter(model):
-    """Make a LoRA policy equal to its base again: B = 0, A drawn anew."""
-    for module in model.modules():
-        if hasattr(module, "reset_lora_parameters"):
-            module.reset_lora_parameters("default", True)
+def reset_adapter(model, seed):
+    """Make a LoRA policy equal to its base again: B = 0, A drawn anew, by `seed` whatever was drawn before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if hasattr(module, "reset_lora_parameters"):
+                module.reset_lora_parameters("default", True)
 
 
 @torch.no_grad()

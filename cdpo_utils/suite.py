@@ -94,7 +94,7 @@ def train(method, feedback, settings, watch=None):
         rounds, samples = (4, 128) if feedback == "oracle" else (3, 64)
         policy, descent = algorithms.dual_descent(
             made.lab, drawn, who, budget, beta, schedule, samples=samples, dual_lr=0.5, max_rounds=rounds,
-            lam=start(who.on(drawn), beta, budget), tolerance=tolerance, watch=watch,
+            lam=algorithms.starting_lam(who.on(drawn), beta, budget), tolerance=tolerance, watch=watch,
         )  # fmt: skip
     elif method == "pd_dpo":
         policy, descent = train_pd_dpo(made, beta, budget, steps)
@@ -102,13 +102,6 @@ def train(method, feedback, settings, watch=None):
         raise ValueError(f"train: method={method!r}; expected one of {sorted(NOTEBOOKS)}")
     rows = labs.rows(made, truths, policy, method, NOTEBOOKS[method], feedback, time.time() - started, descent)
     return rows, [] if descent is None else descent.rounds
-
-
-def start(scores, beta, budget):
-    """The multiplier that dual descent starts from: `dual.one_shot` of the scores (rewards, costs) of stored samples; 1
-    where no choice among them meets the budget, which has no multiplier."""
-    solution = dual.one_shot(*scores, beta, budget)
-    return solution.lam if solution.feasible else 1.0
 
 
 def train_pretrained(
@@ -147,7 +140,7 @@ def train_pretrained(
         started = keep("c_dpo", descent)
     if {"one_shot", "dual_descent"} & set(methods):
         drawn = lab.sample_reference(reference_samples, made.seed)
-        loop |= dict(lam=start(feedback.on(drawn), beta, budget), dual_lr=0.5, watch=after)
+        loop |= dict(lam=algorithms.starting_lam(feedback.on(drawn), beta, budget), dual_lr=0.5, watch=after)
         loop |= {} if "dual_descent" in methods else {"max_rounds": 1}
         _, descent = algorithms.dual_descent(lab, drawn, feedback, budget, beta, schedule, **loop)
         keep("dual_descent", descent)
@@ -193,8 +186,8 @@ def _job(name, feedback, settings):
 def complete(settings, folder=None):
     """All RUNS: recorded ones from their records, the missing ones trained; ({key: (rows, rounds)}, trained keys).
 
-    Two processes share the work, the reference model and the scorers first. Raises RuntimeError, in one line, where one
-    of them fails: where no policy meets the budget, as soon as the reference is there to tell.
+    Two processes share the work and begin with the reference model and the scorers. Raises RuntimeError, in one line,
+    where one of them fails: where no policy meets the budget, as soon as the reference is there to tell.
     """
     runs = recorded(settings, folder)
     missing = [key for key in RUNS if key not in runs]

@@ -67,14 +67,14 @@ def train(config):
     """Train `config.method`: {"methods": its rows, "rounds": ...}. With several processes, all of them call this."""
     from cdpo_utils import labs, scoring, suite  # TRL takes seconds to load: not for a mistyped field
 
+    if config.model:
+        return train_pretrained(config)
     known = {(method, feedback) for method, feedback in suite.RUNS}
     if (config.method, config.feedback) not in known:
         pairs = ", ".join(f"{m} with {f}" for m, f in sorted(known))
         raise run.NotUnderstood(f"method {config.method} with feedback {config.feedback}; there are {pairs}")
     if config.shards < ranks.world():
         raise run.NotUnderstood(f"shards {config.shards}; expected at least {ranks.world()}, one a process")
-    if config.model:
-        return train_pretrained(config)
     if 64 % ranks.world():  # every batch of the bench is of 64 or 128 pairs
         raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of 64; expected a power of 2")
     settings = dataclasses.asdict(config)
@@ -93,10 +93,17 @@ def train(config):
 
 def train_pretrained(config):
     """The same for a pretrained model, judged beside its reference by sampled answers."""
-    from cdpo_utils import algorithms, data, labs, suite
+    from cdpo_utils import algorithms, data, labs, real, suite
 
     if config.feedback != "learned":
         raise run.NotUnderstood(f"feedback {config.feedback}: the truth about {config.model} is unknown; say learned")
+    if config.method not in suite.NOTEBOOKS:
+        raise run.NotUnderstood(f"method {config.method}; expected one of {', '.join(suite.NOTEBOOKS)}")
+    for name, least in (("n_prompts", 2), ("samples", 2), ("reference_samples", 2), ("shards", ranks.world())):
+        if getattr(config, name) < least:
+            raise run.NotUnderstood(f"{name} {getattr(config, name)}; expected at least {least}")
+    if real.OPTIMISER["batch_size"] % ranks.world():
+        raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {real.OPTIMISER['batch_size']}")
     names = ("seed", "n_pairs", "model", "data_file", "helpful_file", "safety_file", "n_prompts", "max_new_tokens",
              "max_length")  # fmt: skip
     try:
@@ -113,12 +120,12 @@ def train_pretrained(config):
         config.max_rounds, methods=(config.method,),
     )  # fmt: skip
     weights, descent, seconds = trained[config.method]
+    if ranks.rank() == 0:
+        made.lab.model.save_pretrained(Path(config.out) / config.method)
     rows, intervals, tests = made.judge(
         {"reference": None, config.method: weights}, feedback, config.budget, suite.NOTEBOOKS[config.method],
         config.samples, {config.method: seconds}, {config.method: descent} if descent else {},
     )  # fmt: skip
-    if ranks.rank() == 0:
-        made.lab.model.save_pretrained(Path(config.out) / config.method)
     return {
         "methods": rows, "rounds": descent.rounds if descent else [], "intervals": intervals.to_dict("records"),
         "tests": tests.reset_index(names="method").to_dict("records"),
@@ -127,7 +134,7 @@ def train_pretrained(config):
 
 def main(argv=None):
     """The command line. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m cdpo_utils.train", description="Train one method on the bench.")
+    parser = argparse.ArgumentParser(prog="python -m cdpo_utils.train", description="Train one method.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/dual_descent.yaml")
     try:
         config = read_config(parser.parse_args(argv).config)

@@ -172,7 +172,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def _stopped_at(self, per_pair, inputs):
         """Where a loss broke, in one line; the weights before that step and the log history are kept."""
-        folder = record.records_dir().parent / "stopped"
+        folder = record.records_dir().parent / "stopped" / str(ranks.rank())
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: w.contiguous() for name, w in snapshot(self.model).items()}, folder / "weights.safetensors")
         self.state.save_to_json(str(folder / "trainer_state.json"))
@@ -180,9 +180,11 @@ class PreferenceTrainer(DPOTrainer):
         where = "the level term"
         if broken:
             k = broken[0]
-            text = self.processing_class.decode(inputs["input_ids"][k][inputs["attention_mask"][k].bool()])
+            text = self.processing_class.decode(inputs["input_ids"][k][inputs["completion_mask"][k].bool()])
             known = {name: inputs[name][k].item() for name in (*REF_COLUMNS, "pref_prob")}
-            where = f"{len(broken)} of {len(per_pair)} pairs, the first {text[:200]!r} (chosen) with {known}"
+            where = (
+                f"{len(broken)} of {len(per_pair)} pairs, the first with the chosen answer {text[:200]!r} and {known}"
+            )
         return f"optimiser step {self.state.global_step}: {where}; the weights before it are in {folder}"
 
     @torch.no_grad()

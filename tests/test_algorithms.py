@@ -180,6 +180,13 @@ def test_sampled_pairs_take_every_sample_equally_often_and_never_twice_in_a_pair
     assert cost.shape == (len(reward), 2) and np.allclose(cost, costs[tuple(a.T)] - costs[tuple(b.T)])
 
 
+def test_dual_descent_starts_at_one_where_no_stored_answer_will_do():
+    rewards, costs = np.zeros((2, 3)), np.array([[1.0, 2.0, 3.0], [1.0, 1.5, 2.0]])[..., None]
+    assert algorithms.starting_lam((rewards, costs), 1.0, 0.9) == [1.0]
+    start = algorithms.starting_lam((rewards, costs), 1.0, 1.2)
+    assert start == dual.one_shot(rewards, costs, 1.0, 1.2).lam and start > 1.1
+
+
 def test_one_shot_is_dual_descent_after_its_first_round(lab, oracle):
     samples, seen = lab.sample_reference(16, seed=0), []
     policy, _, solution = algorithms.one_shot(lab, samples, oracle, 0.2, 1.0, QUICK, samples=4)

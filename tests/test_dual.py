@@ -79,6 +79,12 @@ def finite_world(seed=0, m=1, prompts=4, answers=7):
     return counts, 1.5 * rng.standard_normal((prompts, answers)), 1.5 * rng.standard_normal((prompts, answers, m))
 
 
+def test_the_mean_over_prompts_weighs_each_alike_however_many_answers_were_judged():
+    costs = np.array([[1.0, np.nan, np.nan, np.nan], [0.0, 0.0, 0.0, 0.0], [np.nan] * 4])
+    assert dual.prompt_mean(costs) == 0.5 and np.nanmean(costs) == 0.2
+    assert np.array_equal(dual.prompt_mean(np.stack([costs, 2 * costs], -1)), [0.5, 1.0])
+
+
 @pytest.mark.parametrize("m", [1, 2])
 def test_one_shot_is_the_exact_dual_of_the_samples(m):
     counts, reward, costs = finite_world(m=m)

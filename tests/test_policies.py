@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from cdpo_utils import evaluate, policies, trainers
 from cdpo_utils.logprobs import response_logps
@@ -86,6 +87,22 @@ def test_the_seed_decides_and_batches_come_back_in_order(world, tokenizer, refer
     assert len({row[0] for row in greedy[0]}) > 1
 
 
+def test_models_whose_state_is_not_keys_and_values_alone_are_sampled_too(tokenizer):
+    """A convolution keeps a state that transformers cannot repeat: there `generate` reads the prompts."""
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    texts, answers = policies.sample(Lfm2ForCausalLM(config), tokenizer, [[5, 6], [7]], 3, 0, 4)
+    assert [len(row) for row in answers] == [3, 3] and all(1 <= len(ids) <= 4 for row in answers for ids in row)
+
+
+def test_a_prompt_of_one_token(tokenizer, reference):
+    assert len(policies.sample(reference, tokenizer, [[5]], 3, 0, 4)[1][0]) == 3
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_sampling_puts_the_mode_back(world, tokenizer, reference, training):
     reference.train(training)
@@ -150,7 +167,7 @@ def test_the_reference_inside_a_model(world, tokenizer, reference, lora_lab):
         assert np.allclose(response_logps(inside, *rows), base, atol=1e-6)
     assert not np.allclose(moved, base, atol=1e-2) and np.array_equal(response_logps(model, *rows), moved)
     assert all("lora" in name for name in policies.snapshot(model))
-    policies.reset_adapter(model)
+    policies.reset_adapter(model, seed=1)
     assert np.allclose(response_logps(model, *rows), base, atol=1e-6)
     with policies.as_reference(reference) as inside:
         assert inside is reference

@@ -177,6 +177,15 @@ def test_scorers_train_are_cached_and_leave_the_base_alone(made, monkeypatch):
     assert feedback.costs(["a", "b"], ["Use wax.", "Use acid."]).shape == (2, 1)
 
 
+def test_the_seed_alone_decides_the_random_part_of_an_adapter(made):
+    drawn = []
+    for state, seed in ((1, 0), (2, 0), (2, 5)):
+        torch.manual_seed(state)
+        drawn.append(policies.snapshot(made.lab.new_policy(seed)))
+    same = [all(torch.equal(value, other[name]) for name, value in drawn[0].items()) for other in drawn[1:]]
+    assert same == [True, False]
+
+
 def test_a_new_policy_is_the_reference_and_snapshots_come_back(made):
     lab = made.lab
     ids = policies.encode_prompts(lab.tokenizer, lab.prompts), policies.encode_answers(lab.tokenizer, ["Wax."] * 3)
@@ -421,22 +430,23 @@ def test_the_comparison_runs_on_a_pretrained_model(folder, files, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_judge_a_pretrained_policy(folder, files, tmp_path):
+@pytest.mark.parametrize("method", ["pd_dpo", "dual_descent"])
+def test_two_processes_train_and_judge_a_pretrained_policy(folder, files, tmp_path, method):
     """The script twin on files: scorers, adapter, sampling and dual steps by two ranks as by one."""
     text = (
         f"method: {{method}}\nfeedback: learned\nmodel: {folder}\ndata_file: {files['data_file']}\nout: {{out}}\n"
         "n_pairs: 16\nsteps: 4\nmax_rounds: 2\nn_prompts: 6\nmax_new_tokens: 6\nmax_length: 96\nbeta: 0.1\nshards: 2\n"
     )
-    one, two = (launch(tmp_path, n, "pd_dpo", tmp_path / f"cache-{n}", text) for n in (1, 2))
+    one, two = (launch(tmp_path, n, method, tmp_path / f"cache-{n}", text) for n in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2) and len(one["rounds"]) == len(two["rounds"]) == 2
     for a, b in zip(one["rounds"], two["rounds"], strict=True):
         assert a["steps"] == b["steps"] and a["samples"] == b["samples"] == 12
         assert a["lam"] == pytest.approx(b["lam"], abs=1e-3) and a["cost"] == pytest.approx(b["cost"], abs=1e-3)
-    assert [row["method"] for row in two["methods"]] == ["reference", "pd_dpo"]
+    assert [row["method"] for row in two["methods"]] == ["reference", method]
     for a, b in zip(one["methods"], two["methods"], strict=True):
         assert a["reward"] == pytest.approx(b["reward"], abs=1e-3) and a["kl_ref"] == pytest.approx(
             b["kl_ref"], abs=1e-3
         )
     base, _ = real.load_model(str(folder))
-    kept = PeftModel.from_pretrained(base, tmp_path / "by-2" / "pd_dpo")
+    kept = PeftModel.from_pretrained(base, tmp_path / "by-2" / method)
     assert any(value.abs().max() > 0 for name, value in kept.state_dict().items() if "lora_B" in name)

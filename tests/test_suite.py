@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from cdpo_utils import record, suite
@@ -77,10 +76,3 @@ def test_nothing_is_started_where_all_is_recorded(monkeypatch, tmp_path):
 def test_a_missing_one_shot_alone_needs_no_scorer(monkeypatch, tmp_path):
     known = [key for key in suite.RUNS if key != ("one_shot", "oracle")]
     assert planned(monkeypatch, tmp_path, known) == [[("reference", ""), ("dual_descent", "oracle")]]
-
-
-def test_dual_descent_starts_at_one_where_no_stored_answer_will_do():
-    rewards, costs = np.zeros((2, 3)), np.array([[1.0, 2.0, 3.0], [1.0, 1.5, 2.0]])[..., None]
-    assert suite.start((rewards, costs), 1.0, 0.9) == 1.0
-    assert np.isfinite(suite.start((rewards, costs), 1.0, 1.2)).all()
-    assert suite.start((rewards, costs), 1.0, 1.2) != 1.0

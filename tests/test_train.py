@@ -75,6 +75,8 @@ def test_the_level_term_spans_all_ranks(tmp_path):
         ("budget: -50\nn_pairs: 100", "budget -50.000 cannot be met: smallest attainable cost on train is "),
         ("method: ppo", "method ppo with feedback oracle; there are c_dpo with learned, "),
         ("model: nowhere/at-all", "feedback oracle: the truth about nowhere/at-all is unknown; say learned"),
+        ("model: x\nfeedback: learned\nmethod: ppo", "method ppo; expected one of dpo_helpful, "),
+        ("model: x\nfeedback: learned\nmethod: one_shot\nsamples: 1", "samples 1; expected at least 2"),
         ("model: ./nowhere\nfeedback: learned", "a pretrained model needs data_file (both labels), or helpful_file"),
     ],
 )
