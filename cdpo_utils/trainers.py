@@ -180,7 +180,7 @@ class PreferenceTrainer(DPOTrainer):
         where = "the level term"
         if broken:
             k = broken[0]
-            text = self.processing_class.decode(inputs["input_ids"][k][inputs["completion_mask"][k].bool()])
+            text = self.processing_class.decode(inputs["input_ids"][k][inputs["attention_mask"][k].bool()])
             known = {name: inputs[name][k].item() for name in (*REF_COLUMNS, "pref_prob")}
             where = (
                 f"{len(broken)} of {len(per_pair)} pairs, the first with the chosen answer {text[:200]!r} and {known}"
