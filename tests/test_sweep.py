@@ -50,6 +50,7 @@ def go(series, tmp_path):
     return go
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_each_point_once_and_goes_on_where_it_was(go, tmp_path, capsys):
     assert go("--dry-run") == (0, []) and capsys.readouterr().out.count("to run") == 2
     status, calls = go("--jobs", "2")

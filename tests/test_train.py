@@ -72,7 +72,11 @@ def test_the_level_term_spans_all_ranks(tmp_path):
         ("steps: many", "steps: 'many' is not an integer"),
         ("beta: .nan", "beta: nan is not finite"),
         ("- 1", "expected lines of `name: value`"),
-        ("budget: -50\nn_pairs: 100", "budget -50.000 cannot be met: smallest attainable cost on train is "),
+        pytest.param(  # the reference has to be trained before the budget can be judged
+            "budget: -50\nn_pairs: 100",
+            "budget -50.000 cannot be met: smallest attainable cost on train is ",
+            marks=pytest.mark.slow,
+        ),
         ("method: ppo", "method ppo with feedback oracle; there are c_dpo with learned, "),
         ("model: nowhere/at-all", "feedback oracle: the truth about nowhere/at-all is unknown; say learned"),
         ("model: x\nfeedback: learned\nmethod: ppo", "method ppo; expected one of dpo_helpful, "),
