@@ -179,8 +179,7 @@ def preference_probability(scores, lam, labels, rng):
 def c_dpo(lab, frame, feedback, budget, beta, schedule, labels="soft", samples=32, **loop):
     """C-DPO (arXiv:2403.02475): relabel the data set's pairs by r - lam c, DPO against pi_ref, dual step, repeat.
 
-    The dual gradient is the mean cost of answers sampled from the current policy. `loop` goes to `dual.descend`, but
-    for watch(policy, rounds), which is called after each round.
+    The dual gradient is the mean cost of answers sampled from the current policy. `loop` goes to `dual.descend`.
     """
     pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
     difference = [
@@ -195,6 +194,7 @@ def dual_descent(lab, reference_samples, feedback, budget, beta, schedule, label
     """Dual descent, CAID's Algorithm 2 (arXiv:2505.19387), any number of constraints.
 
     Pairs come from the reference's samples, pseudo-labels from sigmoid(r_lam(y1) - r_lam(y0)).
+    watch(policy, rounds) is called after each round, see `first_round`; the rest of `loop` goes to `dual.descend`.
     """
     pairs, difference = sampled_pairs(lab, reference_samples, feedback, schedule.seed)
     return _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, **loop)
@@ -213,6 +213,16 @@ def one_shot(lab, reference_samples, feedback, budget, beta, schedule, labels="s
         lab, reference_samples, feedback, budget, beta, schedule, labels, samples, lam=solution.lam, max_rounds=1
     )
     return policy, descent, solution
+
+
+def first_round(act):
+    """A `watch` for `dual_descent` that calls act(policy, descent) after the first round: what one-shot ends with."""
+
+    def watch(policy, rounds):
+        if len(rounds) == 1:
+            act(policy, dual.Descent(np.array(rounds[0]["lam"]), rounds[:1], False, "one round"))
+
+    return watch
 
 
 def starting_lam(scores, beta, budget):
@@ -280,9 +290,7 @@ def votes(feedback, labels, seed):
     return Feedback(feedback.reward, costs, feedback.kind)
 
 
-def pd_dpo(
-    lab, reward_policy, frame, feedback, budget, beta, schedule, samples=32, labels=0, lam=1.0, watch=None, **loop
-):
+def pd_dpo(lab, reward_policy, frame, feedback, budget, beta, schedule, samples=32, labels=0, lam=1.0, **loop):
     """Stage 2 of two-stage primal-dual DPO (arXiv:2510.05703); stage 1 is `dpo` on helpfulness pairs.
 
     `reward_policy` (pi_r) is trained on in place; `frame` has safety pairs, chosen = safer. The rearranged Lagrangian
@@ -310,5 +318,4 @@ def pd_dpo(
         rewards, costs = ranks.of_first(feedback.on(lab.sample(policy, samples, schedule.seed + 1000 + k)))
         return costs, {"reward": float(dual.prompt_mean(rewards)), "labels": labels * costs.size}
 
-    watch = watch and functools.partial(watch, policy)
-    return policy, dual.descend(maximise, measure, lam, budget, beta, watch=watch, **loop)
+    return policy, dual.descend(maximise, measure, lam, budget, beta, **loop)

@@ -34,14 +34,16 @@ def step_size(costs, beta):
 
 
 def prompt_mean(values):
-    """Mean over prompts of the mean over judged answers: (P, n, ...) with NaN for the unjudged -> (...).
+    """Mean over prompts of the mean over judged answers: (P, n, ...) with NaN for the unjudged -> (...); NaN where
+    nothing was judged.
 
     Every prompt weighs the same, as in the expectation. A mean over all answers would weigh a prompt by its judged
     ones, and where a policy leaves the grammar more on costly prompts than on cheap ones, that mean is too low.
     """
     judged = ~np.isnan(values)
     means = np.where(judged, values, 0).sum(1) / np.maximum(judged.sum(1), 1)
-    return np.where(judged.any(1), means, 0).sum(0) / np.maximum(judged.any(1).sum(0), 1)
+    prompts = judged.any(1).sum(0)
+    return np.where(prompts, means.sum(0) / np.maximum(prompts, 1), np.nan)
 
 
 def absolute_budget(reference_cost, improvement):

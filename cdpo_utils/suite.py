@@ -9,9 +9,7 @@ import json
 import time
 from pathlib import Path
 
-import numpy as np
-
-from cdpo_utils import algorithms, dual, evaluate, labs, policies, record, scoring, workers
+from cdpo_utils import algorithms, evaluate, labs, policies, record, scoring, workers
 
 HARD_LABEL_STEPS = {"06_two_stage_primal_dual": 1.2}  # hard labels are noisier than soft ones: more steps
 RUNS = (  # (method, feedback), in the order of cost, dearest first
@@ -120,10 +118,6 @@ def train_pretrained(
         print(f"{method}: {trained[method][2]:.0f} s", flush=True)
         return time.time()
 
-    def after(policy, rounds):
-        if len(rounds) == 1:
-            keep("one_shot", dual.Descent(np.array(rounds[0]["lam"]), rounds[:1], False, "one round"))
-
     loop = dict(samples=samples, max_rounds=max_rounds, tolerance=0.02)
     if {"dpo_helpful", "pd_dpo"} & set(methods):
         algorithms.dpo(lab, made.helpful, beta, schedule)
@@ -140,8 +134,10 @@ def train_pretrained(
         started = keep("c_dpo", descent)
     if {"one_shot", "dual_descent"} & set(methods):
         drawn = lab.sample_reference(reference_samples, made.seed)
-        loop |= dict(lam=algorithms.starting_lam(feedback.on(drawn), beta, budget), dual_lr=0.5, watch=after)
-        loop |= {} if "dual_descent" in methods else {"max_rounds": 1}
+        loop |= dict(lam=algorithms.starting_lam(feedback.on(drawn), beta, budget), dual_lr=0.5)
+        loop |= dict(watch=algorithms.first_round(lambda policy, descent: keep("one_shot", descent)))
+        if "dual_descent" not in methods:
+            loop["max_rounds"] = 1
         _, descent = algorithms.dual_descent(lab, drawn, feedback, budget, beta, schedule, **loop)
         keep("dual_descent", descent)
     return {method: result for method, result in trained.items() if method in methods}
@@ -165,21 +161,19 @@ def _job(name, feedback, settings):
         scoring.require_feasible(opened(settings)[1])
         return []
     if name in labs.SCORERS:
-        seed, n_pairs, *sizes = (settings[field] for field in LAB)
-        labs.fill_cache(name, seed, n_pairs, dict(zip(LAB[2:], sizes, strict=True)))
+        sizes = {field: settings[field] for field in ("n_objects", "n_tools")}
+        labs.fill_cache(name, settings["seed"], settings["n_pairs"], sizes)
         return []
     if (name, feedback) != ("dual_descent", "oracle"):
         return [[name, feedback, *train(name, feedback, settings)]]
     made, truths = opened(settings)
     started, first = time.time(), []
 
-    def after(policy, rounds):
-        if len(rounds) == 1:  # one-shot is dual descent stopped here
-            descent = dual.Descent(np.array(rounds[0]["lam"]), rounds[:1], False, "one round")
-            seconds = time.time() - started
-            first.extend(labs.rows(made, truths, policy, "one_shot", NOTEBOOKS[name], feedback, seconds, descent))
+    def one_shot(policy, descent):
+        seconds = time.time() - started
+        first.extend(labs.rows(made, truths, policy, "one_shot", NOTEBOOKS[name], feedback, seconds, descent))
 
-    rows, rounds = train(name, feedback, settings, after)
+    rows, rounds = train(name, feedback, settings, algorithms.first_round(one_shot))
     return [[name, feedback, rows, rounds], ["one_shot", feedback, first, rounds[:1]]]
 
 

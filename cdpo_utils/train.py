@@ -67,14 +67,14 @@ def train(config):
     """Train `config.method`: {"methods": its rows, "rounds": ...}. With several processes, all of them call this."""
     from cdpo_utils import labs, scoring, suite  # TRL takes seconds to load: not for a mistyped field
 
+    if config.shards < ranks.world():
+        raise run.NotUnderstood(f"shards {config.shards}; expected at least {ranks.world()}, one a process")
     if config.model:
         return train_pretrained(config)
     known = {(method, feedback) for method, feedback in suite.RUNS}
     if (config.method, config.feedback) not in known:
         pairs = ", ".join(f"{m} with {f}" for m, f in sorted(known))
         raise run.NotUnderstood(f"method {config.method} with feedback {config.feedback}; there are {pairs}")
-    if config.shards < ranks.world():
-        raise run.NotUnderstood(f"shards {config.shards}; expected at least {ranks.world()}, one a process")
     if 64 % ranks.world():  # every batch of the bench is of 64 or 128 pairs
         raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of 64; expected a power of 2")
     settings = dataclasses.asdict(config)
@@ -99,9 +99,9 @@ def train_pretrained(config):
         raise run.NotUnderstood(f"feedback {config.feedback}: the truth about {config.model} is unknown; say learned")
     if config.method not in suite.NOTEBOOKS:
         raise run.NotUnderstood(f"method {config.method}; expected one of {', '.join(suite.NOTEBOOKS)}")
-    for name, least in (("n_prompts", 2), ("samples", 2), ("reference_samples", 2), ("shards", ranks.world())):
-        if getattr(config, name) < least:
-            raise run.NotUnderstood(f"{name} {getattr(config, name)}; expected at least {least}")
+    for name in ("n_prompts", "samples", "reference_samples"):
+        if getattr(config, name) < 2:
+            raise run.NotUnderstood(f"{name} {getattr(config, name)}; expected at least 2")
     if real.OPTIMISER["batch_size"] % ranks.world():
         raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {real.OPTIMISER['batch_size']}")
     names = ("seed", "n_pairs", "model", "data_file", "helpful_file", "safety_file", "n_prompts", "max_new_tokens",

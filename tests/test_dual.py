@@ -83,6 +83,7 @@ def test_the_mean_over_prompts_weighs_each_alike_however_many_answers_were_judge
     costs = np.array([[1.0, np.nan, np.nan, np.nan], [0.0, 0.0, 0.0, 0.0], [np.nan] * 4])
     assert dual.prompt_mean(costs) == 0.5 and np.nanmean(costs) == 0.2
     assert np.array_equal(dual.prompt_mean(np.stack([costs, 2 * costs], -1)), [0.5, 1.0])
+    assert np.isnan(dual.prompt_mean(np.full((2, 3, 1), np.nan))).all(), "not zero, which might keep a budget"
 
 
 @pytest.mark.parametrize("m", [1, 2])
