@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from cdpo_utils import dual, policies, ranks, trainers
 from cdpo_utils.bench import sigmoid
-from cdpo_utils.logprobs import cached_logps
+from cdpo_utils.logprobs import BATCH_TOKENS, cached_logps
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Lab:
     max_new_tokens: int
     max_length: int | None = None
     sample_rows: int = 4096  # answers sampled at once
-    forward_tokens: int = 16384  # tokens run at once where nothing is trained
+    forward_tokens: int = BATCH_TOKENS  # tokens run at once where nothing is trained
     shards: int = 1  # parts of the prompts with a random stream each: what is sampled does not depend on who samples it
     cache: dict = field(default_factory=dict, repr=False)  # (prompt ids, answer ids) -> log pi_ref
 

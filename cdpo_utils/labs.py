@@ -7,8 +7,9 @@ import pandas as pd
 from cdpo_utils import bench, data, dual, evaluate, exact, policies, record, trainers, workers
 from cdpo_utils.algorithms import Feedback, Lab
 from cdpo_utils.cache import cached_weights, entry
+from cdpo_utils.logprobs import BATCH_TOKENS
 
-SFT = {"n": 40_000, "steps": 800, "batch_size": 64, "lr": 5e-3}  # demonstrations and optimiser of the reference
+SFT = {"n": 40_000, "steps": 600, "batch_size": 64, "lr": 5e-3}  # demonstrations and optimiser of the reference
 SCORER = {"width": 32, "batch_size": 64, "lr": 3e-3}  # narrower than the policy: label noise is the limit, not capacity
 SCORERS = ("reward", "cost")
 MAX_NEW_TOKENS = 10  # the longest answer has 7 words and its end
@@ -129,7 +130,7 @@ def train_scorer(made, model, kind, steps, batch_size, lr):
     )  # fmt: skip
 
 
-def trained_feedback(tokenizer, reward_model, cost_model, batch_tokens=32768):
+def trained_feedback(tokenizer, reward_model, cost_model, batch_tokens=BATCH_TOKENS):
     """Trained scorers as feedback, one constraint. In its life each text is scored once."""
     known = {}, {}
     return Feedback(

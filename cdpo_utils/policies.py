@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
 
-from cdpo_utils.logprobs import MULTIPLE, pad, token_batches
+from cdpo_utils.logprobs import BATCH_TOKENS, MULTIPLE, pad, token_batches
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} "
@@ -98,11 +98,18 @@ def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.
     return texts, ids
 
 
+def attends_only(model):
+    """Whether all that a layer knows of earlier tokens are their keys and values; not so in convolutions and linear
+    attention, whose state no attention mask governs."""
+    return not any(
+        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers
+    )
+
+
 def _read(model, ids, mask, n):
     """The key-value cache of left-padded prompts, each `n` times in a row; None, so that `generate` reads them itself,
     where a layer keeps another state than keys and values, which transformers cannot repeat."""
-    layers = DynamicCache(config=model.config).layers
-    if not ids.shape[1] or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+    if not ids.shape[1] or not attends_only(model):
         return None
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
@@ -154,7 +161,7 @@ def reset_adapter(model, seed):
 
 
 @torch.no_grad()
-def score(model, tokenizer, prompts, answers, batch_tokens=32768, known=None):
+def score(model, tokenizer, prompts, answers, batch_tokens=BATCH_TOKENS, known=None):
     """Scalar-head scores of (prompt, answer) texts, float64 numpy (n,). Each distinct row is run once, and not at all
     where the dict `known` holds its score; new scores are added to it."""
     known = {} if known is None else known

@@ -87,16 +87,28 @@ def test_the_seed_decides_and_batches_come_back_in_order(world, tokenizer, refer
     assert len({row[0] for row in greedy[0]}) > 1
 
 
-def test_models_whose_state_is_not_keys_and_values_alone_are_sampled_too(tokenizer):
-    """A convolution keeps a state that transformers cannot repeat: there `generate` reads the prompts."""
+@pytest.fixture
+def convolving(tokenizer):
+    """A model with a layer that does not attend."""
     torch.manual_seed(0)
     config = Lfm2Config(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, layer_types=["conv", "full_attention"], pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     )  # fmt: skip
-    texts, answers = policies.sample(Lfm2ForCausalLM(config), tokenizer, [[5, 6], [7]], 3, 0, 4)
+    return Lfm2ForCausalLM(config)
+
+
+def test_models_whose_state_is_not_keys_and_values_alone_are_sampled_too(tokenizer, convolving):
+    """A convolution keeps a state that transformers cannot repeat: there `generate` reads the prompts."""
+    texts, answers = policies.sample(convolving, tokenizer, [[5, 6], [7]], 3, 0, 4)
     assert [len(row) for row in answers] == [3, 3] and all(1 <= len(ids) <= 4 for row in answers for ids in row)
+
+
+def test_they_are_not_trained_since_a_mask_cannot_keep_the_answers_of_a_pair_apart(tokenizer, convolving):
+    rows = trainers.pair_dataset(tokenizer, ["a"], ["b"], ["c"])
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM has layers other than attention"):
+        trainers.preference_trainer(convolving, tokenizer, rows, 1.0, 1, 1e-3, 0)
 
 
 def test_a_prompt_of_one_token(tokenizer, reference):

@@ -204,6 +204,23 @@ def test_both_ways_to_the_logps_agree_in_value_and_gradient(ours, monkeypatch):
     assert seen[0][1].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_answers_behind_one_prompt_do_not_see_each_other(tokenizer, layers):
+    """Prompts of one to five tokens, answers of one to four: each log-probability is that of its own sequence."""
+    model = policies.small_llama(tokenizer, seed=5, width=64, layers=layers)
+    prompts, chosen = [[9], [9, 8, 7], [5, 6, 7, 8, 9]], [[6, 1], [7, 8, 9, 1], [1]]
+    rejected = [[6, 7, 1], [1], [9, 9, 1]]
+    rows = [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
+    batch = trainers.PairCollator(tokenizer.pad_token_id)(rows)
+    _, logps = trainers._answer_logps(model, batch["input_ids"], batch["completion_mask"])
+    alone = [response_logps(model, [p], [a])[0] for p, a in zip(prompts * 2, chosen + rejected, strict=True)]
+    assert logps.tolist() == pytest.approx(alone, abs=1e-5) and len(set(logps.tolist())) == 6
+    longest = max(len(p) + len(c) + 1 + len(r) for p, c, r in zip(prompts, chosen, rejected, strict=True))
+    assert trainers._behind_one_prompt(batch["input_ids"], batch["completion_mask"], torch.float32)[0].shape == (
+        3, -(-longest // 8) * 8,
+    )  # fmt: skip
+
+
 def test_padding_changes_nothing(ours, texts, tokenizer):
     trainer, _ = ours()
     inputs = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
