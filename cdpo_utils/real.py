@@ -36,7 +36,7 @@ HUB = {
 TEMPLATES = {"alpaca": beaver.CHAT_TEMPLATE}  # of models that come without one
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}  # on the upper half of the layers, see `lora`
 OPTIMISER = {"batch_size": 4, "lr": 3e-4, "level": 0.0}  # of a policy; the pairs are nobody's samples, hence no level
-SCORER = {"batch_size": 4, "lr": 5e-4}
+SCORER = {"batch_size": 4, "lr": 5e-4, "passes": 3}  # one pass over a few dozen pairs teaches next to nothing
 FORWARD_TOKENS = 2048  # tokens at once where nothing is trained: 0.4 GB of logits
 SAMPLE_ROWS = 64  # answers sampled at once
 REFUSAL = re.compile(
@@ -112,7 +112,7 @@ class Real:
         return data.cost_pairs(self.held_out["safety"])
 
     def scorer(self, kind):
-        """The "reward" or the "cost" model, one pass over its pairs (cached). LoRA and a head on the shared base.
+        """The "reward" or the "cost" model, trained on its pairs (cached). LoRA and a head on the shared base.
 
         Where a published one was named, that one: a `beaver.Scorer`.
         """
@@ -121,7 +121,7 @@ class Real:
                 self.published[kind] = beaver.load(HUB.get(name, name))
             return self.published[kind]
         pairs = self.helpful if kind == "reward" else self.costs
-        steps = max(1, len(pairs) // SCORER["batch_size"])
+        steps = max(1, SCORER["passes"] * len(pairs) // SCORER["batch_size"])
         settings = {
             "base": self.digest, "seed": self.seed, "lora": LORA, **SCORER, "max_length": self.lab.max_length,
             "pairs": hashlib.sha256(pairs.to_json().encode()).hexdigest(),

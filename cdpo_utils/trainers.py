@@ -105,7 +105,7 @@ class PairCollator:
 
 
 def _behind_one_prompt(ids, completion_mask, dtype):
-    """Both answers of each pair in one row, so that their prompt is run once: a sixth of a step on the bench.
+    """Both answers of each pair in one row, so that their prompt is run once.
 
     Takes rows (2n, width), chosen above rejected, padded on the right. A new row (n, length) is prompt, chosen,
     rejected, each answer led by a copy of the prompt's last token, which predicts its first. Returns ids, positions,

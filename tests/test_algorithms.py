@@ -201,9 +201,9 @@ def test_one_shot_is_dual_descent_after_its_first_round(lab, oracle):
     assert [n for n, _ in seen] == [1, 2]
     ended = []
     first = algorithms.first_round(lambda policy, descent: ended.append((policy, descent.lam, len(descent.rounds))))
-    first("policy", [{"lam": [0.5]}])
-    first("policy", [{"lam": [0.5]}, {"lam": [0.7]}])
-    assert ended == [("policy", np.array([0.5]), 1)]
+    first("after one", [{"lam": [0.5]}])
+    first("after two", [{"lam": [0.5]}, {"lam": [0.7]}])
+    assert ended == [("after one", np.array([0.5]), 1)]
     assert all(torch.equal(value, seen[0][1][name]) for name, value in policies.snapshot(policy).items())
     assert all(torch.equal(value, seen[1][1][name]) for name, value in policies.snapshot(other).items())
     assert any(not torch.equal(value, seen[0][1][name]) for name, value in seen[1][1].items())

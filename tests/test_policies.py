@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
-from cdpo_utils import evaluate, policies, trainers
+from cdpo_utils import evaluate, logprobs, policies, trainers
 from cdpo_utils.logprobs import response_logps
 
 # --- tokenizer --------------------------------------------------------------------------------------------------------
@@ -85,6 +85,17 @@ def test_the_seed_decides_and_batches_come_back_in_order(world, tokenizer, refer
     greedy = [policies.sample(reference, tokenizer, ids, 2, 0, 7, temperature=1e-4, batch_rows=b)[0] for b in (2, 100)]
     assert greedy[0] == greedy[1] and all(len(set(row)) == 1 for row in greedy[0])
     assert len({row[0] for row in greedy[0]}) > 1
+
+
+def test_what_is_read_of_a_prompt_does_not_depend_on_its_padding(tokenizer, reference):
+    long, short = [5, 9, 8, 7, 6], [7, 6]
+    ids, mask = logprobs.pad([long, short], tokenizer.pad_token_id)
+    with torch.no_grad():
+        both, alone = policies._read(reference, ids, mask, 2), policies._read(reference, *logprobs.pad([short], 0), 1)
+    for padded, single in zip(both.layers, alone.layers, strict=True):
+        assert padded.keys.shape[0] == 4 and torch.equal(padded.keys[2], padded.keys[3])
+        assert torch.allclose(padded.keys[2, :, 3:], single.keys[0], atol=1e-5)
+        assert torch.allclose(padded.values[3, :, 3:], single.values[0], atol=1e-5)
 
 
 @pytest.fixture
