@@ -98,18 +98,11 @@ def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.
     return texts, ids
 
 
-def attends_only(model):
-    """Whether all that a layer knows of earlier tokens are their keys and values; not so in convolutions and linear
-    attention, whose state no attention mask governs."""
-    return not any(
-        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=model.config).layers
-    )
-
-
 def _read(model, ids, mask, n):
     """The key-value cache of left-padded prompts, each `n` times in a row; None, so that `generate` reads them itself,
     where a layer keeps another state than keys and values, which transformers cannot repeat."""
-    if not ids.shape[1] or not attends_only(model):
+    layers = DynamicCache(config=model.config).layers
+    if not ids.shape[1] or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         return None
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)

@@ -9,17 +9,20 @@ import gc
 import tempfile
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
+from pyarrow.compute import list_value_length
 from safetensors.torch import save_file
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from cdpo_utils import losses, ranks, record
-from cdpo_utils.logprobs import MULTIPLE, pad, token_logps
-from cdpo_utils.policies import attends_only, encode_answers, encode_prompts, snapshot
+from cdpo_utils.logprobs import MULTIPLE, pad, response_logps, token_logps
+from cdpo_utils.policies import encode_answers, encode_prompts, snapshot
 
+gc.collect()
 gc.freeze()  # every training starts with a garbage collection: what was imported need not be looked at
 disable_progress_bars()  # a bar per column of a pair table would drown a notebook
 
@@ -112,9 +115,10 @@ def _behind_one_prompt(ids, completion_mask, dtype):
     the additive attention mask by which an answer sees the prompt and itself only, and where answers are: 1 chosen, 2
     rejected, 0 neither.
     """
-    width, (first, _) = ids.shape[1], completion_mask.chunk(2)
-    prompt = first.argmax(1)[:, None]  # its length
+    width = ids.shape[1]
     chosen, rejected = completion_mask.sum(1)[:, None].chunk(2)
+    first, other = completion_mask.argmax(1)[:, None].chunk(2)
+    prompt = torch.where(chosen > 0, first, other)  # its length; max_length may have cut an answer to nothing
     second = prompt + chosen  # where the second answer's branch begins
     end = second + 1 + rejected
     place = torch.arange(-(-int(end.max()) // MULTIPLE) * MULTIPLE, device=ids.device)[None]
@@ -139,14 +143,13 @@ def _answer_logps(model, ids, completion_mask):
     """
     inner = getattr(model, "module", model)  # several processes wrap the model
     ids, positions, bias, answer = _behind_one_prompt(ids, completion_mask, inner.dtype)
-    width = ids.shape[1] - 1
     settings = dict(input_ids=ids, position_ids=positions, attention_mask=bias, use_cache=False)
     if inner.config.vocab_size <= inner.config.hidden_size:
         out = model(**settings)
         logps = token_logps(out.logits[:, :-1].float(), ids[:, 1:])
     else:
         out = model(**settings, labels=ids.masked_fill(answer == 0, -100), fused_lm_head=True)
-        logps = out.log_probs[:, -width:]
+        logps = out.log_probs
     return out, torch.cat([(logps * (answer[:, 1:] == side)).sum(1) for side in (1, 2)])
 
 
@@ -233,12 +236,8 @@ class PreferenceTrainer(DPOTrainer):
 def preference_trainer(model, tokenizer, dataset, beta, batch_size, lr, seed, level=0.0, max_length=None):
     """A `PreferenceTrainer` over `pair_dataset` rows; train it, in one go or in rounds, with `run_steps`.
 
-    Raises ValueError for a model with a layer that does not attend: the answers of a pair share a row and its prompt.
+    Raises ValueError for a model that cannot keep the answers of a pair apart, see `_check_apart`.
     """
-    if not attends_only(model):
-        raise ValueError(
-            f"{type(model).__name__} has layers other than attention: they would mix the answers of a pair"
-        )
     args = _arguments(DPOConfig, batch_size, lr, seed, beta=beta, max_length=max_length, precompute_ref_log_probs=True)
     columns = REF_COLUMNS + (PAIR_COLUMNS if level > 0 else PAIR_COLUMNS[:1])
     collator = PairCollator(tokenizer.pad_token_id, columns, max_length)
@@ -248,7 +247,34 @@ def preference_trainer(model, tokenizer, dataset, beta, batch_size, lr, seed, le
     if isinstance(model, PeftModel):
         model.delete_adapter("ref")  # TRL's frozen copy of the adapter; the cached log-probabilities take its place
     trainer.remove_callback(PrinterCallback)
+    _check_apart(model, dataset, PairCollator(tokenizer.pad_token_id, (), max_length))
     return trainer
+
+
+@torch.no_grad()
+def _check_apart(model, dataset, collator):
+    """Raise ValueError unless both answers of the longest pair are as likely behind one prompt as each is alone.
+
+    A convolution or a recurrent state would carry one answer into the other, a sliding window is not in the mask, some
+    models take no positions: too many architectures to list.
+    """
+    pairs = dataset.with_format("arrow")[:]
+    lengths = sum(list_value_length(pairs[f"{name}_ids"]).to_numpy() for name in ("prompt", "chosen", "rejected"))
+    batch = collator([dataset[int(np.argmax(lengths))]])
+    ids, mask = (batch[name].to(model.device) for name in ("input_ids", "completion_mask"))
+    was_training = model.training
+    model.eval()
+    together = _answer_logps(model, ids, mask)[1].tolist()
+    rows = [row[:length].tolist() for row, length in zip(ids, batch["attention_mask"].sum(1), strict=True)]
+    split = [(row[: len(row) - n], row[len(row) - n :]) for row, n in zip(rows, mask.sum(1).tolist(), strict=True)]
+    alone = response_logps(model, *zip(*split, strict=True), collator.pad_id).tolist()
+    model.train(was_training)
+    close = 1e-3 if model.dtype == torch.float32 else 5e-2
+    if not np.allclose(together, alone, rtol=close, atol=close):
+        raise ValueError(
+            f"{type(model).__name__}: log-probabilities of a pair's answers are {together} behind one prompt, {alone} "
+            "each alone; expected full attention (eager or sdpa) and positions that can be given"
+        )
 
 
 def train_sft(model, tokenizer, prompts, answers, steps, batch_size, lr, seed, max_length=None):

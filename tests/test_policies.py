@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import Lfm2Config, Lfm2ForCausalLM
+from transformers import Lfm2Config, Lfm2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from cdpo_utils import evaluate, logprobs, policies, trainers
 from cdpo_utils.logprobs import response_logps
@@ -105,7 +105,7 @@ def convolving(tokenizer):
     config = Lfm2Config(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, layer_types=["conv", "full_attention"], pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, initializer_range=0.5,
     )  # fmt: skip
     return Lfm2ForCausalLM(config)
 
@@ -116,9 +116,24 @@ def test_models_whose_state_is_not_keys_and_values_alone_are_sampled_too(tokeniz
     assert [len(row) for row in answers] == [3, 3] and all(1 <= len(ids) <= 4 for row in answers for ids in row)
 
 
+def test_a_sliding_window_is_refused_where_the_longest_pair_exceeds_it(tokenizer):
+    """The mask of a pair has no window in it, so only pairs within the window are right."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, sliding_window=8, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, initializer_range=0.5,
+    )  # fmt: skip
+    model = MistralForCausalLM(config)
+    short, long = (trainers.pair_dataset(tokenizer, ["a"] * 2, ["b", text], ["c"] * 2) for text in ("d", "d " * 9))
+    trainers.preference_trainer(model, tokenizer, short, 1.0, 1, 1e-3, 0)
+    with pytest.raises(ValueError, match="MistralForCausalLM: log-probabilities"):
+        trainers.preference_trainer(model, tokenizer, long, 1.0, 1, 1e-3, 0)
+
+
 def test_they_are_not_trained_since_a_mask_cannot_keep_the_answers_of_a_pair_apart(tokenizer, convolving):
-    rows = trainers.pair_dataset(tokenizer, ["a"], ["b"], ["c"])
-    with pytest.raises(ValueError, match="Lfm2ForCausalLM has layers other than attention"):
+    rows = trainers.pair_dataset(tokenizer, ["a"], ["b c"], ["c b"])
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM: log-probabilities of a pair's answers are .* each alone"):
         trainers.preference_trainer(convolving, tokenizer, rows, 1.0, 1, 1e-3, 0)
 
 

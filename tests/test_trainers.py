@@ -204,10 +204,12 @@ def test_both_ways_to_the_logps_agree_in_value_and_gradient(ours, monkeypatch):
     assert seen[0][1].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_answers_behind_one_prompt_do_not_see_each_other(tokenizer, layers):
+def test_answers_behind_one_prompt_do_not_see_each_other(tokenizer, layers, attention):
     """Prompts of one to five tokens, answers of one to four: each log-probability is that of its own sequence."""
     model = policies.small_llama(tokenizer, seed=5, width=64, layers=layers)
+    model.set_attn_implementation(attention)
     prompts, chosen = [[9], [9, 8, 7], [5, 6, 7, 8, 9]], [[6, 1], [7, 8, 9, 1], [1]]
     rejected = [[6, 7, 1], [1], [9, 9, 1]]
     rows = [dict(prompt_ids=p, chosen_ids=c, rejected_ids=r) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
@@ -219,6 +221,14 @@ def test_answers_behind_one_prompt_do_not_see_each_other(tokenizer, layers):
     assert trainers._behind_one_prompt(batch["input_ids"], batch["completion_mask"], torch.float32)[0].shape == (
         3, -(-longest // 8) * 8,
     )  # fmt: skip
+
+
+def test_answers_cut_to_nothing_count_nothing(tokenizer):
+    model = policies.small_llama(tokenizer, seed=5, width=64)
+    ids, mask = torch.tensor([[9, 8, 7, 0], [9, 8, 7, 1]]), torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]])
+    _, logps = trainers._answer_logps(model, ids, mask)
+    assert logps.tolist() == pytest.approx([0, response_logps(model, [[9, 8, 7]], [[1]])[0]], abs=1e-5)
+    assert trainers._answer_logps(model, ids, 0 * mask)[1].tolist() == [0, 0]
 
 
 def test_padding_changes_nothing(ours, texts, tokenizer):
