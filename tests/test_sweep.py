@@ -81,6 +81,7 @@ def test_a_sweep_runs_each_point_once_and_goes_on_where_it_was(go, tmp_path, cap
     assert go(seeds="[0, 1, 2]")[1][4:] == [f"{gone['point']['seed']} 0.5"]
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_tried_again_named_and_no_obstacle(go, tmp_path, capsys):
     status, calls = go(seeds="[0]", budgets="[9.0, 0.5]")
     assert status == 1 and calls == ["0 9.0", "0 9.0", "0 0.5"]
