@@ -247,12 +247,12 @@ def preference_trainer(model, tokenizer, dataset, beta, batch_size, lr, seed, le
     if isinstance(model, PeftModel):
         model.delete_adapter("ref")  # TRL's frozen copy of the adapter; the cached log-probabilities take its place
     trainer.remove_callback(PrinterCallback)
-    _check_apart(model, dataset, PairCollator(tokenizer.pad_token_id, (), max_length))
+    _check_apart(model, dataset, tokenizer.pad_token_id, max_length)
     return trainer
 
 
 @torch.no_grad()
-def _check_apart(model, dataset, collator):
+def _check_apart(model, dataset, pad_id, max_length):
     """Raise ValueError unless both answers of the longest pair are as likely behind one prompt as each is alone.
 
     A convolution or a recurrent state would carry one answer into the other, a sliding window is not in the mask, some
@@ -260,14 +260,15 @@ def _check_apart(model, dataset, collator):
     """
     pairs = dataset.with_format("arrow")[:]
     lengths = sum(list_value_length(pairs[f"{name}_ids"]).to_numpy() for name in ("prompt", "chosen", "rejected"))
-    batch = collator([dataset[int(np.argmax(lengths))]])
-    ids, mask = (batch[name].to(model.device) for name in ("input_ids", "completion_mask"))
+    pair = dataset[int(np.argmax(lengths))]
+    batch = PairCollator(pad_id, (), max_length)([pair])
+    prompt, answers = pair["prompt_ids"], (pair["chosen_ids"], pair["rejected_ids"])
+    answers = [(prompt + answer)[:max_length][len(prompt) :] for answer in answers]
     was_training = model.training
     model.eval()
-    together = _answer_logps(model, ids, mask)[1].tolist()
-    rows = [row[:length].tolist() for row, length in zip(ids, batch["attention_mask"].sum(1), strict=True)]
-    split = [(row[: len(row) - n], row[len(row) - n :]) for row, n in zip(rows, mask.sum(1).tolist(), strict=True)]
-    alone = response_logps(model, *zip(*split, strict=True), collator.pad_id).tolist()
+    tokens = (batch[name].to(model.device) for name in ("input_ids", "completion_mask"))
+    together = _answer_logps(model, *tokens)[1].tolist()
+    alone = response_logps(model, [prompt] * 2, answers, pad_id).tolist()
     model.train(was_training)
     close = 1e-3 if model.dtype == torch.float32 else 5e-2
     if not np.allclose(together, alone, rtol=close, atol=close):
