@@ -1,9 +1,15 @@
 """Sweeps of throw-away notebooks: what runs, what is skipped, what is gathered."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import nbformat
 import numpy as np
+import one_node_slurm
 import pandas as pd
 import pytest
 from nbformat import v4
@@ -125,6 +131,38 @@ def test_jobs_of_submitit_run_fail_and_are_found_again(series, tmp_path, monkeyp
     number = (folder / digest / "job.txt").read_text()
     call = sweep.on_slurm(folder, None, cpus=1, cluster="local")
     assert call(digest, pytest.fail, "submitted once more") == f"the result of job {number}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not one_node_slurm.installed(), reason="needs slurmctld, slurmd and slurm-client (Debian)")
+def test_a_sweep_on_a_real_slurm_is_killed_goes_on_and_repeats_nothing(series, tmp_path):
+    """Two runs and one that fails, as jobs of a cluster of one node; the sweep is killed while its jobs run."""
+    pytest.importorskip("submitit")
+    notebook = series / "01_tiny.ipynb"
+    notebook.write_text(notebook.read_text().replace("import os\\n", "import os, time\\ntime.sleep(8)\\n", 1))
+    grid, out = tmp_path / "grid.yaml", tmp_path / "out"
+    grid.write_text(f"parameters: {{marks: {tmp_path}}}\ngrid: {{seed: [0, 1], budget: [0.5, 9.0]}}\n")
+    code = sweep.IN_A_PROCESS.replace("run", "sweep")
+    command = [sys.executable, "-c", code, series, grid, "--out", out, "--slurm", "test", "--cpus", "1"]
+    with one_node_slurm.cluster(tmp_path / "slurm") as environment:
+        first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.time() + 120
+        while len(list(out.glob("*/job.txt"))) < 4 and time.time() < deadline:
+            time.sleep(0.2)
+        os.killpg(first.pid, signal.SIGKILL)
+        numbers = {path: path.read_text() for path in out.glob("*/job.txt")}
+        assert len(numbers) == 4 and first.wait() == -signal.SIGKILL
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert again.returncode == 1 and again.stderr.count("failed: ") == 2, again.stderr
+        assert "AssertionError: no such budget" in again.stderr
+        assert {path: path.read_text() for path in out.glob("*/job.txt")} == numbers, (
+            "jobs that were going are waited for"
+        )
+        calls = (tmp_path / "calls.txt").read_text().splitlines()
+        assert sorted(calls) == ["0 0.5", "0 9.0", "0 9.0", "1 0.5", "1 9.0", "1 9.0"], "a failed run is tried twice"
+        third = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert "4 runs, 2 done already" in third.stdout
+    assert pd.read_parquet(out / "results.parquet").seed.tolist() == [0, 1]
 
 
 def test_slurm_without_a_cluster_is_one_line(go, capsys, monkeypatch):
