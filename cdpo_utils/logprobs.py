@@ -14,6 +14,8 @@ from cdpo_utils import ranks
 MULTIPLE = 8  # of a length: whole registers, so that the bench's 14 tokens take less time as 16
 BATCH_TOKENS = 4096  # run at once: what a layer of a small model makes of them stays in a core's cache
 MAX_LOGITS = 2**27  # numbers held at once, half a GiB in float32
+HEAD_ROWS = 256  # tokens whose logits over a large vocabulary are held at once
+PLAIN_HEADS = {"llama", "mistral", "qwen2", "qwen3"}  # architectures whose logits are hidden @ weight.T, nothing more
 
 
 def pad(sequences, value, side="left", multiple=1):
@@ -50,7 +52,9 @@ def response_logps(model, prompt_ids, response_ids, pad_id=0, batch_tokens=BATCH
     """
     was_training = model.training
     model.eval()
-    batch_tokens = min(batch_tokens, MAX_LOGITS // model.config.vocab_size)
+    weight = frozen_head(model)
+    if weight is None:
+        batch_tokens = min(batch_tokens, MAX_LOGITS // model.config.vocab_size)
     lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
     order = np.argsort(lengths, kind="stable")
     out = np.empty(len(lengths), np.float32)
@@ -59,11 +63,61 @@ def response_logps(model, prompt_ids, response_ids, pad_id=0, batch_tokens=BATCH
         starts = torch.tensor([len(prompt_ids[i]) for i in rows])
         is_response = mask * (torch.arange(mask.shape[1]) >= starts[:, None])
         ids, is_response = ids.to(model.device), is_response.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # no answer can see the padding behind it
-        logps = token_logps(logits.float(), ids[:, 1:])  # a sum of bf16 numbers would be off by nats
-        out[rows] = (logps * is_response[:, 1:]).sum(1).cpu().numpy()
+        # no answer can see the padding behind it
+        if weight is None:
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            logps = token_logps(logits.float(), ids[:, 1:]) * is_response[:, 1:]  # sums of bf16 would be off by nats
+        else:
+            _, logps = marked_logps(model, weight, ids, is_response[:, 1:].bool(), use_cache=False)
+        out[rows] = logps.sum(1).cpu().numpy()
     model.train(was_training)
     return out
+
+
+def frozen_head(model):
+    """The weight (vocabulary, width) of an output head that takes no gradient, where it is a matrix and nothing more
+    and the vocabulary is too large to keep logits lightly; else None."""
+    if model.config.model_type not in PLAIN_HEADS or model.config.vocab_size <= model.config.hidden_size:
+        return None
+    weight = model.get_output_embeddings().weight
+    return None if weight.requires_grad and torch.is_grad_enabled() else weight
+
+
+def marked_logps(model, weight, ids, marked, **inputs):
+    """The model's output and log pi of each token where `marked` (n, length - 1) says so, zero elsewhere, float32.
+
+    marked[:, t] speaks of token t + 1. The head `weight`, from `frozen_head`, is run on marked tokens only.
+    """
+    out = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1, **inputs)
+    hidden = out.hidden_states[-1][:, :-1][marked]
+    logps = TargetLogps.apply(hidden, weight, ids[:, 1:][marked])
+    return out, torch.zeros(marked.shape, device=ids.device).masked_scatter(marked, logps)
+
+
+class TargetLogps(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[targets]: (n, width), (vocabulary, width), (n,) -> (n,), in float32.
+
+    Logits are never kept: the slope in `hidden`, weight[target] - softmax @ weight, is `width` numbers a token, so it
+    is written down while they are there. `weight` gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        logps = torch.empty(len(hidden), device=hidden.device)
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for rows in (slice(start, start + HEAD_ROWS) for start in range(0, len(hidden), HEAD_ROWS)):
+            logits = (hidden[rows] @ weight.T).float()
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            logps[rows] = (logits.gather(-1, targets[rows, None]) - normaliser).squeeze(-1)
+            if slope is not None:
+                slope[rows] = weight[targets[rows]] - logits.sub_(normaliser).exp_().to(weight.dtype) @ weight
+        ctx.save_for_backward(slope)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors
+        return grad[:, None].to(slope.dtype) * slope, None, None
 
 
 def cached_logps(model, prompt_ids, answer_ids, cache, **settings):

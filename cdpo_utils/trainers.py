@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from cdpo_utils import losses, ranks, record
-from cdpo_utils.logprobs import MULTIPLE, pad, response_logps, token_logps
+from cdpo_utils.logprobs import MULTIPLE, frozen_head, marked_logps, pad, response_logps, token_logps
 from cdpo_utils.policies import encode_answers, encode_prompts, snapshot
 
 gc.collect()
@@ -138,17 +138,22 @@ def _behind_one_prompt(ids, completion_mask, dtype):
 def _answer_logps(model, ids, completion_mask):
     """The model's output and the summed log-probabilities (2n,) of the tokens under completion_mask, of n pairs.
 
-    TRL's fused head computes them without keeping the logits, at the price of a second pass over the head; where logits
-    are no larger than the hidden states, as on the bench, that saves nothing and costs a third of a step.
+    TRL's fused head computes them without keeping the logits, at the price of a second pass over the head, and without
+    a GPU it scores every position; `marked_logps` does neither. Where logits are no larger than the hidden states, as
+    on the bench, keeping them is faster than both.
     """
     inner = getattr(model, "module", model)  # several processes wrap the model
     ids, positions, bias, answer = _behind_one_prompt(ids, completion_mask, inner.dtype)
-    settings = dict(input_ids=ids, position_ids=positions, attention_mask=bias, use_cache=False)
+    settings = dict(position_ids=positions, attention_mask=bias, use_cache=False)
+    weight = frozen_head(inner) if ids.device.type == "cpu" else None
     if inner.config.vocab_size <= inner.config.hidden_size:
-        out = model(**settings)
+        out = model(input_ids=ids, **settings)
         logps = token_logps(out.logits[:, :-1].float(), ids[:, 1:])
+    elif weight is not None:
+        out, logps = marked_logps(model, weight, ids, answer[:, 1:] > 0, **settings)
     else:
-        out = model(**settings, labels=ids.masked_fill(answer == 0, -100), fused_lm_head=True)
+        labels = ids.masked_fill(answer == 0, -100)
+        out = model(input_ids=ids, labels=labels, fused_lm_head=True, **settings)
         logps = out.log_probs
     return out, torch.cat([(logps * (answer[:, 1:] == side)).sum(1) for side in (1, 2)])
 
@@ -203,10 +208,13 @@ class PreferenceTrainer(DPOTrainer):
         return (loss, out) if return_outputs else loss
 
     def _stopped_at(self, per_pair, inputs):
-        """Where a loss broke, in one line; the weights before that step and the log history are kept."""
+        """Where a loss broke, in one line; weights, optimiser state and log history before that step are kept."""
         folder = record.records_dir().parent / "stopped" / str(ranks.rank())
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: w.contiguous() for name, w in snapshot(self.model).items()}, folder / "weights.safetensors")
+        named = {p: name for name, p in self.model.named_parameters()}
+        moments = {(named[p], kind): v for p, state in self.optimizer.state.items() for kind, v in state.items()}
+        save_file({".".join(key): v.contiguous() for key, v in moments.items()}, folder / "optimizer.safetensors")
         self.state.save_to_json(str(folder / "trainer_state.json"))
         broken = (~torch.isfinite(per_pair)).nonzero().flatten().tolist()
         where = "the level term"
@@ -215,7 +223,7 @@ class PreferenceTrainer(DPOTrainer):
             text = self.processing_class.decode(inputs["input_ids"][k][inputs["attention_mask"][k].bool()])
             known = {name: inputs[name][k].item() for name in (*REF_COLUMNS, "pref_prob")}
             where = f"{len(broken)} of {len(per_pair)} pairs, the first (chosen) {text[-200:]!r} with {known}"
-        return f"optimiser step {self.state.global_step}: {where}; the weights before it are in {folder}"
+        return f"optimiser step {self.state.global_step}: {where}; what it started from is in {folder}"
 
     @torch.no_grad()
     def _log_pairs(self, mode, inputs, chosen_logratio, rejected_logratio):

@@ -79,7 +79,7 @@ class Uniform(torch.nn.Module):
     """Gives every token of a vocabulary of 8 the same probability."""
 
     device = torch.device("cpu")
-    config = SimpleNamespace(vocab_size=8)
+    config = SimpleNamespace(vocab_size=8, model_type="uniform")
     tokens = ()
 
     def forward(self, input_ids, **_):

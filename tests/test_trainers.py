@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardTrainer
 from trl.trainer import dpo_trainer, reward_trainer
 
-from cdpo_utils import losses, policies, trainers
+from cdpo_utils import logprobs, losses, policies, trainers
 from cdpo_utils.algorithms import Schedule
 from cdpo_utils.logprobs import response_logps
 
@@ -204,6 +204,25 @@ def test_both_ways_to_the_logps_agree_in_value_and_gradient(ours, monkeypatch):
     assert seen[0][1].abs().max() > 0.1
 
 
+def test_a_frozen_head_gives_the_same_log_probabilities_and_gradients(ours, monkeypatch):
+    """`marked_logps`, for frozen heads over large vocabularies, against stored logits; chunks of 7 tokens."""
+    trainer, _ = ours()
+    model, batch = trainer.model, trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    model.get_output_embeddings().weight.requires_grad_(False)
+    watched = model.model.layers[0].self_attn.q_proj.weight
+    monkeypatch.setattr(logprobs, "HEAD_ROWS", 7)
+    seen = []
+    for width in (10**6, 1):  # the vocabulary is the smaller of the two, then the larger
+        monkeypatch.setattr(model.config, "hidden_size", width)
+        out, logps = trainers._answer_logps(model, batch["input_ids"], batch["completion_mask"])
+        assert (out.logits.shape[1] == 1) == (width == 1), "only the last position, which nobody reads"
+        model.zero_grad()
+        (logps * torch.arange(16.0)).sum().backward()
+        seen.append((logps.detach(), watched.grad.clone()))
+    assert torch.allclose(seen[0][0], seen[1][0], atol=1e-4) and torch.allclose(seen[0][1], seen[1][1], atol=1e-4)
+    assert seen[0][1].abs().max() > 0.1
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("layers", [1, 2])
 def test_answers_behind_one_prompt_do_not_see_each_other(tokenizer, layers, attention):
@@ -309,12 +328,21 @@ def test_a_loss_that_is_not_a_number_stops_the_run_names_the_pair_and_keeps_the_
 ):
     monkeypatch.setenv("CDPO_RUN_DIR", str(tmp_path))
     rows = rows_of(reference, tokenizer, texts, [1.0] * 31 + [np.nan])
-    trainer = trainers.preference_trainer(policies.clean_copy(reference), tokenizer, rows, 1.0, 32, 1e-3, 0)
+    trainer = trainers.preference_trainer(policies.clean_copy(reference), tokenizer, rows, 1.0, 32, 0.0, 0)
+    trainer.train_dataset = rows_of(reference, tokenizer, texts, 1.0)
+    trainers.run_steps(trainer, 1, seed=0)  # lr = 0: the moments move, the weights do not
+    trainer.train_dataset = rows
+    moments = trainer.optimizer.state[trainer.model.lm_head.weight]
+    before = {kind: value.clone() for kind, value in moments.items()}
     with pytest.raises(
         FloatingPointError, match="loss is nan at optimiser step 0: 1 of 32 pairs, the first "
     ) as stopped:
         trainers.run_steps(trainer, 1, seed=0)
     line = str(stopped.value)
+    kept = load_file(next(tmp_path.rglob("optimizer.safetensors")))
+    head = next(name for name, p in trainer.model.named_parameters() if p is trainer.model.lm_head.weight)
+    assert before.keys() == {"step", "exp_avg", "exp_avg_sq"} and before["exp_avg"].abs().max() > 0
+    assert all(torch.equal(kept[f"{head}.{kind}"], value) for kind, value in before.items())
     assert f"{texts[0][31]} <|assistant|> {texts[1][31]}" in line and "'pref_prob': nan" in line and "\n" not in line
     kept = load_file(next(tmp_path.rglob("weights.safetensors")))
     before = dict(reference.named_parameters())
