@@ -7,8 +7,14 @@ import numpy as np
 import torch
 from peft import PeftModel
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
-from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from cdpo_utils.logprobs import BATCH_TOKENS, MULTIPLE, pad, token_batches
 
@@ -18,6 +24,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
+LARGE = 4096  # tokens of a vocabulary from which one random number a token of it is too many
 
 
 def word_tokenizer(texts):
@@ -81,14 +88,17 @@ def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.
     order = np.argsort([len(p) for p in prompt_ids], kind="stable")
     texts, ids = [None] * len(prompt_ids), [None] * len(prompt_ids)
     per_batch = max(1, batch_rows // n)
+    plainly = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    if model.config.vocab_size >= LARGE:
+        plainly = dict(do_sample=False, logits_processor=[InverseTransform(temperature)])
     for start in range(0, len(order), per_batch):
         rows = order[start : start + per_batch]
         prompts, mask = (t.to(model.device) for t in pad([prompt_ids[i] for i in rows], tokenizer.pad_token_id))
         out = model.generate(
             prompts.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0),
-            past_key_values=_read(model, prompts[:, :-1], mask[:, :-1], n), do_sample=True, temperature=temperature,
-            top_k=0, top_p=1.0, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id, use_cache=True,  # trainers switch it off in the model's config
+            past_key_values=_read(model, prompts[:, :-1], mask[:, :-1], n, max_new_tokens),
+            max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+            use_cache=True, **plainly,  # trainers switch the cache off in the model's config
         )[:, prompts.shape[1] :]  # fmt: skip
         answers = [_until(row, tokenizer.eos_token_id) for row in out.tolist()]
         decoded = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
@@ -98,16 +108,53 @@ def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.
     return texts, ids
 
 
-def _read(model, ids, mask, n):
-    """The key-value cache of left-padded prompts, each `n` times in a row; None, so that `generate` reads them itself,
-    where a layer keeps another state than keys and values, which transformers cannot repeat."""
+class InverseTransform(LogitsProcessor):
+    """Sampling by one uniform number a row: the first token whose cumulative probability exceeds it, made the only
+    possible one. `generate` itself draws a number for every token of the vocabulary, a quarter of its time."""
+
+    def __init__(self, temperature=1.0):
+        self.temperature = temperature
+
+    def __call__(self, input_ids, scores):
+        cumulative = (scores.double() / self.temperature).softmax(-1).cumsum_(-1)
+        drawn = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, drawn, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for `more` tokens, written in place, where `DynamicLayer` copies all there is."""
+
+    def __init__(self, layer, more):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.room = [torch.cat([x, x.new_empty(*x.shape[:2], more, x.shape[3])], 2) for x in (layer.keys, layer.values)]
+        self._show(layer.keys.shape[2])
+
+    def _show(self, length):
+        self.keys, self.values = (x[:, :, :length] for x in self.room)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, start:end] = new
+        self._show(end)
+        return self.keys, self.values
+
+
+def _read(model, ids, mask, n, more):
+    """The key-value cache of left-padded prompts, each `n` times in a row, with room for `more` tokens; None, so that
+    `generate` reads them itself, where a layer keeps another state than keys and values, which transformers cannot
+    repeat."""
     layers = DynamicCache(config=model.config).layers
     if not ids.shape[1] or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         return None
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    out.past_key_values.batch_repeat_interleave(n)
-    return out.past_key_values
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(n)
+    cache.layers = [RoomyLayer(layer, more) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def _until(ids, end):

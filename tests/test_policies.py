@@ -47,7 +47,9 @@ def test_a_model_and_its_seed(tokenizer):
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def test_samples_have_the_enumerated_frequencies(world, tokenizer, reference):
+@pytest.mark.parametrize("large", [policies.LARGE, 1], ids=["generate's own draws", "one draw a row"])
+def test_samples_have_the_enumerated_frequencies(world, tokenizer, reference, large, monkeypatch):
+    monkeypatch.setattr(policies, "LARGE", large)
     n, prompts = 3000, world.prompts[:3]
     ids = policies.encode_prompts(tokenizer, prompts)
     texts, answers = policies.sample(reference, tokenizer, ids, n, seed=0, max_new_tokens=7)
@@ -76,7 +78,9 @@ def test_what_a_sample_is(world, tokenizer, reference):
     assert np.isfinite(response_logps(reference, [ids[0]] * 20, answers[0])).all()
 
 
-def test_the_seed_decides_and_batches_come_back_in_order(world, tokenizer, reference):
+@pytest.mark.parametrize("large", [policies.LARGE, 1])
+def test_the_seed_decides_and_batches_come_back_in_order(world, tokenizer, reference, large, monkeypatch):
+    monkeypatch.setattr(policies, "LARGE", large)
     ids = policies.encode_prompts(tokenizer, world.prompts)
     draw = [policies.sample(reference, tokenizer, ids, 5, seed, 7) for seed in (1, 1, 2)]
     assert draw[0] == draw[1] and draw[0] != draw[2]
@@ -87,11 +91,22 @@ def test_the_seed_decides_and_batches_come_back_in_order(world, tokenizer, refer
     assert len({row[0] for row in greedy[0]}) > 1
 
 
+def test_one_draw_a_row_has_the_probabilities_of_its_scores():
+    """Frequencies of 40,000 rows at temperature 2, with a token that is impossible first, in the middle and last."""
+    torch.manual_seed(0)
+    scores = torch.tensor([-torch.inf, 1.0, -torch.inf, 3.0, 0.0, -torch.inf]).expand(40_000, -1)
+    chosen = policies.InverseTransform(temperature=2.0)(None, scores)
+    assert ((chosen == 0).sum(1) == 1).all() and ((chosen == -torch.inf).sum(1) == 5).all()
+    shares = (chosen == 0).double().mean(0)
+    assert torch.allclose(shares, (scores[0].double() / 2).softmax(-1), atol=0.01), shares
+
+
 def test_what_is_read_of_a_prompt_does_not_depend_on_its_padding(tokenizer, reference):
     long, short = [5, 9, 8, 7, 6], [7, 6]
     ids, mask = logprobs.pad([long, short], tokenizer.pad_token_id)
     with torch.no_grad():
-        both, alone = policies._read(reference, ids, mask, 2), policies._read(reference, *logprobs.pad([short], 0), 1)
+        both = policies._read(reference, ids, mask, 2, 3)
+        alone = policies._read(reference, *logprobs.pad([short], 0), 1, 3)
     for padded, single in zip(both.layers, alone.layers, strict=True):
         assert padded.keys.shape[0] == 4 and torch.equal(padded.keys[2], padded.keys[3])
         assert torch.allclose(padded.keys[2, :, 3:], single.keys[0], atol=1e-5)
