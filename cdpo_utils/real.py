@@ -7,6 +7,7 @@ around the same tensors; policies that are not in use are `policies.snapshot`s o
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ HUB = {
 TEMPLATES = {"alpaca": beaver.CHAT_TEMPLATE}  # of models that come without one
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}  # on the upper half of the layers, see `lora`
 OPTIMISER = {"batch_size": 4, "lr": 3e-4, "level": 0.0}  # of a policy; the pairs are nobody's samples, hence no level
-SCORER = {"batch_size": 4, "lr": 5e-4, "passes": 3}  # one pass over a few dozen pairs teaches next to nothing
+SCORER = {"batch_size": 8, "lr": 1e-3}
+SCORER_PAIRS = 800  # that a scorer looks at: fewer are shown up to three times, more once each
 FORWARD_TOKENS = 2048  # tokens at once where nothing is trained: 0.4 GB of logits
 SAMPLE_ROWS = 64  # answers sampled at once
 REFUSAL = re.compile(
@@ -121,10 +123,11 @@ class Real:
                 self.published[kind] = beaver.load(HUB.get(name, name))
             return self.published[kind]
         pairs = self.helpful if kind == "reward" else self.costs
-        steps = max(1, SCORER["passes"] * len(pairs) // SCORER["batch_size"])
+        looks = max(len(pairs), min(3 * len(pairs), SCORER_PAIRS))
+        steps = max(1, looks // SCORER["batch_size"])
         settings = {
-            "base": self.digest, "seed": self.seed, "lora": LORA, **SCORER, "max_length": self.lab.max_length,
-            "pairs": hashlib.sha256(pairs.to_json().encode()).hexdigest(),
+            "base": self.digest, "seed": self.seed, "lora": LORA, **SCORER, "steps": steps,
+            "max_length": self.lab.max_length, "pairs": hashlib.sha256(pairs.to_json().encode()).hexdigest(),
         }  # fmt: skip
 
         def train(kept):
@@ -151,11 +154,23 @@ class Real:
         """Scorers as feedback, one constraint."""
         if self.published:
             return Feedback(reward_model, lambda *texts: cost_model(*texts)[:, None], "learned")
-        return trained_feedback(self.lab.tokenizer, reward_model, cost_model, FORWARD_TOKENS)
+        feedback = trained_feedback(self.lab.tokenizer, reward_model, cost_model, FORWARD_TOKENS)
+        reward, costs = self._kept(feedback.reward, reward_model), self._kept(feedback.costs, cost_model)
+        return Feedback(reward, costs, "learned")
+
+    def _kept(self, score, scorer):
+        """`score`, whose results stay in the cache: what notebooks judge in common is scored once."""
+        settings = {"base": self.digest, "scorer": scorer and _digest(policies.snapshot(scorer))}
+
+        def kept(*texts):
+            of = settings | {"texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
+            return np.array(cached_json("scores", of, lambda: score(*texts).tolist()))
+
+        return kept
 
     def reference_cost(self, samples=4):
         """Mean learned cost of the reference's answers to the training prompts, `samples` each."""
-        drawn = self.lab.sample_reference(samples, self.seed)
+        drawn = self.answers(None, samples, self.lab.prompts)
         return float(self.learned_feedback(None, self.scorer("cost")).costs(*drawn.flat()).mean())
 
     def judge(self, candidates, feedback, budget, notebook, samples=2, seconds=None, descents=None):
@@ -327,7 +342,8 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     n_pairs: training pairs at most, of each kind; held-out prompts (`test_share`) keep at most half as many.
     n_prompts: prompts of safety pairs for the cost estimate of a dual step, and as many held-out ones to judge on.
     max_length: tokens of prompt and answer together. Longer answers are cut after a whole sentence (else a word), so
-        that every model sees the same text; rows whose prompt takes more than half are left out. Both are counted.
+        that every model sees the same text; rows whose prompt leaves neither half of it nor as many tokens as answers
+        are sampled with are left out. Both are counted.
     published_reward, published_cost: scorers of others (`beaver`), names or folders; where empty ours are trained.
 
     Raises DataError, in one line, where files, labels, the model or its chat template are missing or too few rows left.
@@ -352,7 +368,7 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     train, held_out, notes, done = {}, {}, [], {}
     for label, frame in frames.items():
         if id(frame) not in done:  # one file with both labels is fitted and split once
-            done[id(frame)] = _prepare(frame, tokenizer, max_length, test_share, seed, n_pairs)
+            done[id(frame)] = _prepare(frame, tokenizer, max_length, max_new_tokens, test_share, seed, n_pairs)
             notes.append(f"{accounts[label]}\n{done[id(frame)][2]}")
         train[label], held_out[label], _ = done[id(frame)]
     lab.prompts = _distinct(train["safety"].prompt, n_prompts)
@@ -377,9 +393,9 @@ def _load(data_file, helpful_file, safety_file):
     return frames, accounts
 
 
-def _prepare(frame, tokenizer, max_length, test_share, seed, n_pairs):
+def _prepare(frame, tokenizer, max_length, max_new_tokens, test_share, seed, n_pairs):
     """(train, held out, a line for the account) of a loaded frame, in an order that depends on the seed alone."""
-    fitted, cut, left_out = fit(frame, tokenizer, max_length)
+    fitted, cut, left_out = fit(frame, tokenizer, max_length, min(max_new_tokens, max_length // 2))
     fitted.attrs["source"] = frame.attrs["source"]
     if len(fitted) < 8:
         raise DataError(
@@ -396,11 +412,12 @@ def _prepare(frame, tokenizer, max_length, test_share, seed, n_pairs):
     )  # fmt: skip
 
 
-def fit(frame, tokenizer, max_length):
+def fit(frame, tokenizer, max_length, least):
     """Texts stripped, and answers cut so that prompt and answer have at most `max_length` tokens, end of turn included.
 
-    Returns the frame without rows that cannot fit, the number of rows cut and the number of rows left out. An answer is
-    cut after its last whole sentence that fits, else after a word: it still ends like an answer.
+    Returns the frame without rows that cannot fit (`least` tokens must be left for an answer), the number of rows cut
+    and the number of rows left out. An answer is cut after its last whole sentence that fits, else after a word: it
+    still ends like an answer.
     """
     frame = frame.copy()
     columns = ["prompt", "response_0", "response_1"]
@@ -412,7 +429,7 @@ def fit(frame, tokenizer, max_length):
         texts = [cut_text(t, tokenizer, n) if n > 1 else t for t, n in zip(frame[name], room, strict=True)]
         cut |= np.array(texts) != frame[name].to_numpy()
         frame[name] = texts
-    fits = (room >= max_length // 2) & (frame.response_0 != frame.response_1) & (frame.response_0 != "")
+    fits = (room >= least) & (frame.response_0 != frame.response_1) & (frame.response_0 != "")
     fits &= frame.response_1 != ""
     return frame[fits].reset_index(drop=True), int(cut[fits].sum()), int((~fits).sum())
 

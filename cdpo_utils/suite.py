@@ -9,6 +9,8 @@ import json
 import time
 from pathlib import Path
 
+import pandas as pd
+
 from cdpo_utils import algorithms, evaluate, labs, policies, record, scoring, workers
 
 HARD_LABEL_STEPS = {"06_two_stage_primal_dual": 1.2}  # hard labels are noisier than soft ones: more steps
@@ -25,15 +27,8 @@ NOTEBOOKS = {
 
 def recorded(settings, folder=None):
     """{(method, feedback): (rows, rounds)} of the records whose parameters and package source agree with `settings`."""
-    folder = Path(folder or record.records_dir())
     found = {}
-    for path in sorted(folder.glob("0[2-6]_*.json")):
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        asked = {**settings, "steps": settings["steps"] * HARD_LABEL_STEPS.get(entry["notebook"], 1)}
-        usual = {name: value for name, value in _defaults(entry["notebook"]).items() if name in entry["parameters"]}
-        same = all(entry["parameters"].get(name) == value for name, value in (usual | asked).items())
-        if not same or entry.get("source") != record.source_hash():
-            continue
+    for entry in _records(settings, folder, HARD_LABEL_STEPS):
         for row in entry["methods"]:
             key = row["method"], row["feedback"]
             if key in RUNS and NOTEBOOKS[row["method"]] == entry["notebook"]:
@@ -41,6 +36,18 @@ def recorded(settings, folder=None):
                 rounds = extra.get("histories", {}).get("/".join(key), {}).get("rounds", extra.get("rounds", []))
                 found.setdefault(key, ([], rounds))[0].append(row)
     return found
+
+
+def _records(settings, folder, more_steps):
+    """Records of notebooks 02 to 06 that were made by this source with `settings`, and with the notebook's own value of
+    every other parameter. more_steps: {notebook: factor} where a notebook trains longer than `settings` say."""
+    for path in sorted(Path(folder or record.records_dir()).glob("0[2-6]_*.json")):
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        given = entry["parameters"]
+        asked = {**settings, "steps": settings["steps"] * more_steps.get(entry["notebook"], 1)}
+        expected = _defaults(entry["notebook"]) | asked
+        if entry.get("source") == record.source_hash() and all(given[name] == expected[name] for name in given):
+            yield entry
 
 
 def _defaults(notebook):
@@ -52,22 +59,24 @@ def _defaults(notebook):
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(beta, budget, **lab):
+def _opened(beta, budget, budget_from, **lab):
     """The bench and its truths, once in a process: its methods share what the lab remembers of the reference."""
     made = labs.open_lab(**lab)
+    budget = labs.budget_as_cost(made, budget, budget_from)
     return made, {split: made.truth(split, beta, budget) for split in ("train", "test")}
 
 
 def opened(settings):
     """The bench and its truths that `settings` ask for."""
-    return _opened(**{name: settings[name] for name in ("beta", "budget", *LAB)})
+    return _opened(**{name: settings[name] for name in ("beta", "budget", "budget_from", *LAB)})
 
 
 def train(method, feedback, settings, watch=None):
     """Train one method: its `record.method_row`s on both splits and its dual rounds. `settings` are the parameters of
     notebook 07; watch(policy, rounds) is called after each round of dual descent."""
-    beta, budget, steps = settings["beta"], settings["budget"], settings["steps"]
+    beta, steps = settings["beta"], settings["steps"]
     made, truths = opened(settings)
+    budget = float(truths["train"].budget[0])
     schedule = algorithms.Schedule(steps=steps, round_steps=steps // 2, seed=made.seed)
     tolerance = 0.01 * float(evaluate.spread(truths["train"])[0])
     who = labs.oracle_feedback(made) if feedback == "oracle" else None
@@ -102,6 +111,55 @@ def train(method, feedback, settings, watch=None):
     return rows, [] if descent is None else descent.rounds
 
 
+def recorded_pretrained(settings, folder=None):
+    """{method: {"row", "intervals", "test", "rounds"}} of a pretrained model, the reference among them, from records
+    that agree with `settings`, the parameters of notebook 07 by name."""
+    found = {}
+    for entry in _records(settings, folder, {}):
+        extra = entry["extra"]
+        for row in entry["methods"]:
+            method = row["method"]
+            history = extra.get("histories", {}).get(
+                f"{method}/learned", extra if method in ("c_dpo", "pd_dpo") else {}
+            )
+            if method == "reference" or NOTEBOOKS[method] == entry["notebook"]:
+                found[method] = {
+                    "row": row, "rounds": history.get("rounds", []),
+                    "intervals": [line for line in extra["intervals"] if line["method"] == method],
+                    "test": next(line for line in extra["tests"] if line["method"] == method),
+                }  # fmt: skip
+    return found
+
+
+def complete_pretrained(made, settings, schedule, folder=None):
+    """All methods on a `real.Real`: ({method: as in `recorded_pretrained`}, methods that were trained here).
+
+    What notebooks 02 to 06 have recorded with these `settings` is read, the rest is trained, and judged as they do.
+    """
+    runs = recorded_pretrained(settings, folder)
+    missing = [method for method in NOTEBOOKS if method not in runs]
+    if missing:
+        feedback = made.learned_feedback(*made.scorers())
+        budget = labs.budget_as_cost(made, settings["budget"], settings["budget_from"])
+        samples = settings["samples"]
+        done = train_pretrained(
+            made, feedback, budget, settings["beta"], schedule, settings["reference_samples"], samples,
+            settings["max_rounds"], missing,
+        )  # fmt: skip
+        weights = {"reference": None} | {method: trained for method, (trained, _, _) in done.items()}
+        descents = {method: descent for method, (_, descent, _) in done.items() if descent}
+        seconds = {method: spent for method, (_, _, spent) in done.items()}
+        rows, intervals, tests = made.judge(weights, feedback, budget, "07_comparison", samples, seconds, descents)
+        for row in rows:
+            method = row["method"]
+            runs[method] = {
+                "row": row, "rounds": descents[method].rounds if method in descents else [],
+                "intervals": intervals[intervals.method == method].to_dict("records"),
+                "test": {"method": method, **tests.loc[method].to_dict()},
+            }  # fmt: skip
+    return {method: runs[method] for method in ("reference", *NOTEBOOKS)}, missing
+
+
 def train_pretrained(
     made, feedback, budget, beta, schedule, reference_samples, samples, max_rounds, methods=tuple(NOTEBOOKS)
 ):
@@ -112,6 +170,7 @@ def train_pretrained(
     first round of dual descent.
     """
     lab, trained, started = made.lab, {}, time.time()
+    looked_at = schedule.steps * schedule.batch_size  # pairs of the first round; scores and references take seconds
 
     def keep(method, descent=None, since=0.0):
         trained[method] = policies.snapshot(lab.model), descent, time.time() - started + since
@@ -123,13 +182,15 @@ def train_pretrained(
         algorithms.dpo(lab, made.helpful, beta, schedule)
         started = keep("dpo_helpful")
     if "pd_dpo" in methods:
-        _, descent = algorithms.pd_dpo(lab, lab.model, made.safety, feedback, budget, beta, schedule, **loop)
+        safety = made.safety.head(looked_at)
+        _, descent = algorithms.pd_dpo(lab, lab.model, safety, feedback, budget, beta, schedule, **loop)
         started = keep("pd_dpo", descent, trained["dpo_helpful"][2])
     if "dpo_harmless" in methods:
         algorithms.dpo(lab, made.safety, beta, schedule)
         started = keep("dpo_harmless")
     if "c_dpo" in methods:
-        pairs = made.frame.assign(chosen=made.frame.response_0, rejected=made.frame.response_1)
+        frame = made.frame.head(looked_at)
+        pairs = frame.assign(chosen=frame.response_0, rejected=frame.response_1)
         _, descent = algorithms.c_dpo(lab, pairs, feedback, budget, beta, schedule, lam=1.0, **loop)
         started = keep("c_dpo", descent)
     if {"one_shot", "dual_descent"} & set(methods):
@@ -141,6 +202,12 @@ def train_pretrained(
         _, descent = algorithms.dual_descent(lab, drawn, feedback, budget, beta, schedule, **loop)
         keep("dual_descent", descent)
     return {method: result for method, result in trained.items() if method in methods}
+
+
+def interval_frames(runs):
+    """Intervals and constraint tests of `recorded_pretrained`'s runs as two DataFrames, in the order of `runs`."""
+    intervals = pd.DataFrame([line for run in runs.values() for line in run["intervals"]])
+    return intervals, pd.DataFrame([run["test"] for run in runs.values()]).set_index("method")
 
 
 def train_pd_dpo(made, beta, budget, steps, labels=16):

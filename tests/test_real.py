@@ -12,7 +12,7 @@ from test_train import launch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cdpo_utils import algorithms, data, fetch, judges, labs, policies, real, run
+from cdpo_utils import algorithms, data, fetch, judges, labs, policies, real, run, suite
 from cdpo_utils.logprobs import response_logps
 
 TEMPLATE = (  # SmolLM2's, with its default system prompt
@@ -264,8 +264,11 @@ def test_long_answers_are_cut_at_a_sentence_and_counted(made):
     frame = made.frame.head(8).copy()
     frame.loc[0, "response_0"] = text * 20
     frame.loc[1, "prompt"] = "why " * 200
-    fitted, cut, left_out = real.fit(frame, tokenizer, 120)
+    fitted, cut, left_out = real.fit(frame, tokenizer, 120, 60)
     assert (len(fitted), cut, left_out) == (7, 1, 1)
+    prompt = len(policies.encode_prompts(tokenizer, [frame.prompt[2]])[0])
+    for least, kept in ((20, 1), (21, 0)):
+        assert len(real.fit(frame[2:3].reset_index(drop=True), tokenizer, prompt + 20, least)[0]) == kept
     for name in ("response_0", "response_1"):
         prompts = policies.encode_prompts(tokenizer, fitted.prompt.tolist())
         answers = policies.encode_answers(tokenizer, fitted[name])
@@ -422,11 +425,31 @@ def test_the_comparison_runs_on_a_pretrained_model(folder, files, tmp_path, monk
     assert run.main(["--only", "07", "--out", str(tmp_path), "--no-report", *pairs]) == 0
     methods = json.loads((tmp_path / "latest" / "summary.json").read_text(encoding="utf-8"))["methods"]
     named = [row["method"] for row in methods]
-    assert named == ["reference", "dpo_helpful", "pd_dpo", "dpo_harmless", "c_dpo", "one_shot", "dual_descent"]
+    assert named == ["reference", *suite.NOTEBOOKS]
     for row in methods:
         assert row["setting"] == "tiny-instruct" and row["gap"] is None and row["split"] == "test"
         assert (row["lam"] is None) == (row["method"] in ("reference", "dpo_helpful", "dpo_harmless"))
         assert row["kl_ref"] == 0 if row["method"] == "reference" else row["kl_ref"] != 0
+
+
+@pytest.mark.slow
+def test_the_series_runs_on_a_pretrained_model_and_the_comparison_reads_it(folder, files, tmp_path, monkeypatch):
+    """Notebooks 02, 04, 05, 06 by the same parameters, after which 07 has nothing to train and shows their numbers."""
+    monkeypatch.setenv("CDPO_CACHE", str(tmp_path / "cache"))
+    given = {"model": folder, "data_file": files["data_file"], "n_pairs": 16, "steps": 4, "max_rounds": 2, "samples": 2,
+             "n_prompts": 6, "max_new_tokens": 6, "max_length": 96, "beta": 0.1, "reference_samples": 4,
+             "batch_size": 4, "lr": 1e-3, "budget": -0.01, "budget_from": "reference"}  # fmt: skip
+    pairs = [part for name, value in given.items() for part in ("-p", name, str(value))]
+    assert run.main(["--only", "02,04,05,06,07", "--out", str(tmp_path), "--no-report", *pairs]) == 0
+    last = tmp_path / "latest"
+    compared = json.loads((last / "records" / "07_comparison.json").read_text(encoding="utf-8"))
+    assert compared["extra"]["trained"] == []
+    of_all = json.loads((last / "summary.json").read_text(encoding="utf-8"))["methods"]
+    for row in compared["methods"]:
+        same = [other for other in of_all if other["method"] == row["method"]]
+        assert len(same) >= 2 and all(other["reward"] == row["reward"] for other in same if other["seconds"])
+    budgets = {row["budget"] for row in of_all}
+    assert len(budgets) == 1 and budgets != {-0.01}, "one budget, counted from the reference's cost"
 
 
 @pytest.mark.slow

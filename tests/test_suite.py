@@ -1,12 +1,15 @@
 """Which records notebook 07 takes in the place of a training of its own."""
 
 import json
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from cdpo_utils import record, suite
 
 SETTINGS = dict(seed=0, n_pairs=500, n_objects=8, n_tools=8, beta=1.0, budget=0.0, steps=50)
+SETTINGS |= dict(budget_from="absolute")
 
 
 @pytest.fixture
@@ -76,3 +79,62 @@ def test_nothing_is_started_where_all_is_recorded(monkeypatch, tmp_path):
 def test_a_missing_one_shot_alone_needs_no_scorer(monkeypatch, tmp_path):
     known = [key for key in suite.RUNS if key != ("one_shot", "oracle")]
     assert planned(monkeypatch, tmp_path, known) == [[("reference", ""), ("dual_descent", "oracle")]]
+
+
+PRETRAINED = SETTINGS | dict(model="smollm2", data_file="", helpful_file="h.jsonl", safety_file="s.jsonl", n_prompts=8)
+PRETRAINED |= dict(max_new_tokens=48, max_length=128, batch_size=8, lr=5e-4, max_rounds=2, samples=3)
+PRETRAINED |= dict(reference_samples=6)
+
+
+def write_pretrained(folder, notebook, methods, **changes):
+    """A record as notebook `notebook` leaves it in a pretrained setting."""
+    given = {name: PRETRAINED.get(name, usual) for name, usual in suite._defaults(notebook).items()} | changes
+    lines = [{"method": method, "estimate": "cost", "mean": 0.1} for method in ("reference", *methods)]
+    extra = {"intervals": lines, "tests": [{"method": m, "upper": 0.2} for m in ("reference", *methods)]}
+    histories = {f"{m}/learned": {"rounds": [{"lam": [0.3]}]} for m in methods}
+    extra |= {"histories": histories} if notebook.startswith("05") else {"rounds": [{"lam": [0.5]}]}
+    rows = [{"method": method, "feedback": "learned"} for method in ("reference", *methods)]
+    entry = dict(notebook=notebook, parameters=given, methods=rows, source=record.source_hash(), extra=extra)
+    (folder / f"{notebook}.json").write_text(json.dumps(entry), encoding="utf-8")
+
+
+def test_a_pretrained_model_is_read_from_the_records_of_its_notebooks(tmp_path):
+    write_pretrained(tmp_path, "02_reference_and_dpo", ["dpo_helpful", "dpo_harmless"])
+    write_pretrained(tmp_path, "04_c_dpo", ["c_dpo"], lr=1e-4)  # another learning rate than asked for
+    write_pretrained(tmp_path, "05_dual_descent", ["one_shot", "dual_descent"])
+    write_pretrained(tmp_path, "06_two_stage_primal_dual", ["dpo_helpful", "pd_dpo"])
+    found = suite.recorded_pretrained(PRETRAINED, tmp_path)
+    assert set(found) == {"reference", *suite.NOTEBOOKS} - {"c_dpo"}
+    assert [found[m]["rounds"] for m in ("dpo_helpful", "pd_dpo", "one_shot")] == [
+        [],
+        [{"lam": [0.5]}],
+        [{"lam": [0.3]}],
+    ]
+    intervals, tests = suite.interval_frames(found)
+    assert len(intervals) == 6 and set(tests.index) == set(found) and set(tests.upper) == {0.2}
+
+
+def test_of_a_pretrained_model_only_what_is_missing_is_trained(tmp_path, monkeypatch):
+    write_pretrained(tmp_path, "02_reference_and_dpo", ["dpo_helpful", "dpo_harmless"])
+    write_pretrained(tmp_path, "05_dual_descent", ["one_shot", "dual_descent"])
+    seen = []
+
+    def train(*arguments):
+        seen.append(arguments[-1])
+        return {method: (f"weights of {method}", SimpleNamespace(rounds=["r"]), 1.0) for method in arguments[-1]}
+
+    def judge(weights, *_):
+        seen.append(list(weights))
+        rows = [{"method": method} for method in weights]
+        intervals = pd.DataFrame({"method": list(weights), "mean": 0.0})
+        return rows, intervals, pd.DataFrame({"upper": 0.0}, index=list(weights))
+
+    monkeypatch.setattr(suite, "train_pretrained", train)
+    made = SimpleNamespace(judge=judge, scorers=lambda: (), learned_feedback=lambda: "feedback")
+    runs, missing = suite.complete_pretrained(made, PRETRAINED, None, tmp_path)
+    assert seen == [["c_dpo", "pd_dpo"], ["reference", "c_dpo", "pd_dpo"]] and missing == seen[0]
+    assert list(runs) == ["reference", *suite.NOTEBOOKS] and runs["c_dpo"]["rounds"] == ["r"]
+    assert len(suite.interval_frames(runs)[0]) == 7
+    write_pretrained(tmp_path, "04_c_dpo", ["c_dpo"])
+    write_pretrained(tmp_path, "06_two_stage_primal_dual", ["dpo_helpful", "pd_dpo"])
+    assert suite.complete_pretrained(made, PRETRAINED, None, tmp_path)[1] == [] and len(seen) == 2
