@@ -39,7 +39,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.run", description="Run the notebooks in order.")
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="these notebooks only: 02,05 or 02 05")
     parser.add_argument("--setting", default="bench", help="bench (the notebooks' own defaults), or a setting of "
-                        "notebooks/params/<notebook>.<setting>.yaml, such as smollm2")  # fmt: skip
+                        "notebooks/params/<setting>.yaml, such as smollm2")  # fmt: skip
     parser.add_argument("--params", metavar="FILE", type=Path, help="YAML of name: value, for every notebook with it")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="pairs",
                         help="one parameter, for every notebook that has it; goes before --params")  # fmt: skip
@@ -61,14 +61,21 @@ def select(folder, only, setting):
         raise NotUnderstood(f"no notebooks in {folder}")
     if setting == "bench":
         return [(path, None) for path in chosen]
-    files = {path: folder / "params" / f"{path.stem}.{setting}.yaml" for path in chosen}
-    if not any(file.exists() for file in files.values()):
-        known = sorted({file.stem.split(".")[-1] for file in folder.glob("params/*.yaml")} | {"bench"})
-        raise NotUnderstood(f"--setting {setting}: no notebook has parameters for it; settings: {', '.join(known)}")
-    for path, file in files.items():
-        if not file.exists():
-            print(f"skipped {path.stem}: not available in the setting {setting}")
-    return [(path, file) for path, file in files.items() if file.exists()]
+    file = folder / "params" / f"{setting}.yaml"
+    if not file.exists():
+        known = sorted({found.stem for found in folder.glob("params/*.yaml")} | {"bench"})
+        raise NotUnderstood(f"--setting {setting}: no such setting; settings: {', '.join(known)}")
+    values = read_yaml(file)
+    refuse_unknown(
+        values, {name for path in paths for name in papermill.inspect_notebook(path)}, f"notebook, in {file},"
+    )
+    needed = {"model"} & values.keys() or values.keys()  # a setting of a model is nothing for notebooks without one
+    fitting = [path for path in chosen if needed & papermill.inspect_notebook(path).keys()]
+    if not fitting:
+        raise NotUnderstood(f"--setting {setting}: none of these notebooks has parameters for it")
+    for path in set(chosen) - set(fitting):
+        print(f"skipped {path.stem}: not available in the setting {setting}")
+    return [(path, file) for path in fitting]
 
 
 def read_yaml(file):
@@ -139,7 +146,6 @@ def plan(chosen, given):
     parameters = {}
     for path, file in chosen:
         own = read_yaml(file) if file else {}
-        refuse_unknown(own, known[path], f"parameter of {path.stem}, named in {file}")
         parameters[path] = {}
         for name, value in (own | given).items():
             if name in known[path]:

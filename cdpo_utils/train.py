@@ -35,18 +35,23 @@ class Config:
     n_tools: int = 8
     beta: float = 1.0
     budget: float = 0.0
+    budget_from: str = "absolute"
     steps: int = 300
     shards: int = 8  # of the prompts, when answers are sampled: at least the number of processes
     model: str = ""  # empty is the bench
     data_file: str = ""
     helpful_file: str = ""
     safety_file: str = ""
+    published_reward: str = ""
+    published_cost: str = ""
     max_rounds: int = 3
     samples: int = 2
     reference_samples: int = 8
     n_prompts: int = 24
     max_new_tokens: int = 48
     max_length: int = 192
+    batch_size: int = 0  # 0, as in the notebooks, is the setting's own
+    lr: float = 0.0
     out: str = "runs/train"
 
 
@@ -102,28 +107,28 @@ def train_pretrained(config):
     for name in ("n_prompts", "samples", "reference_samples"):
         if getattr(config, name) < 2:
             raise run.NotUnderstood(f"{name} {getattr(config, name)}; expected at least 2")
-    if real.OPTIMISER["batch_size"] % ranks.world():
-        raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {real.OPTIMISER['batch_size']}")
-    names = ("seed", "n_pairs", "model", "data_file", "helpful_file", "safety_file", "n_prompts", "max_new_tokens",
-             "max_length")  # fmt: skip
+    own = real.OPTIMISER | {name: value for name in ("batch_size", "lr") if (value := getattr(config, name))}
+    if own["batch_size"] % ranks.world():
+        raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {own['batch_size']}")
+    names = ("seed", "n_pairs", "model", "data_file", "helpful_file", "safety_file", "published_reward",
+             "published_cost", "n_prompts", "max_new_tokens", "max_length")  # fmt: skip
     try:
         made = labs.open_lab(**{name: getattr(config, name) for name in names})
     except data.DataError as error:
         raise run.NotUnderstood(str(error)) from None
     made.lab.shards = min(config.shards, len(made.lab.prompts))
     feedback = made.learned_feedback(*made.scorers())
-    schedule = algorithms.Schedule(
-        steps=config.steps, round_steps=config.steps // 2, seed=config.seed, **made.optimiser
-    )
+    budget = labs.budget_as_cost(made, config.budget, config.budget_from)
+    schedule = algorithms.Schedule(steps=config.steps, round_steps=config.steps // 2, seed=config.seed, **own)
     trained = suite.train_pretrained(
-        made, feedback, config.budget, config.beta, schedule, config.reference_samples, config.samples,
+        made, feedback, budget, config.beta, schedule, config.reference_samples, config.samples,
         config.max_rounds, methods=(config.method,),
     )  # fmt: skip
     weights, descent, seconds = trained[config.method]
     if ranks.rank() == 0:
         made.lab.model.save_pretrained(Path(config.out) / config.method)
     rows, intervals, tests = made.judge(
-        {"reference": None, config.method: weights}, feedback, config.budget, suite.NOTEBOOKS[config.method],
+        {"reference": None, config.method: weights}, feedback, budget, suite.NOTEBOOKS[config.method],
         config.samples, {config.method: seconds}, {config.method: descent} if descent else {},
     )  # fmt: skip
     return {

@@ -171,11 +171,13 @@ def test_names_give_the_reading_order(path):
 
 
 @pytest.mark.parametrize("file", sorted(FOLDER.glob("params/*")), ids=lambda file: file.name)
-def test_parameter_files_fit_their_notebook(file):
-    stem, setting, suffix = file.name.split(".")
+def test_parameter_files_reach_every_notebook_with_a_model(file):
+    setting, suffix = file.name.split(".")
     assert suffix == "yaml" and setting != "bench", "the notebook's own defaults are the bench"
-    (path,) = [path for path in NOTEBOOKS if path.stem == stem]
-    assert run.plan([(path, file)], {})[path].keys() == yaml.safe_load(file.read_text()).keys()
+    planned = run.plan(run.select(FOLDER, [], setting), {})
+    names = yaml.safe_load(file.read_text()).keys()
+    assert {path for path in NOTEBOOKS if "model: str" in path.read_text()} == planned.keys()
+    assert {name for parameters in planned.values() for name in parameters} == names, "no name is there in vain"
 
 
 def well_behaved():

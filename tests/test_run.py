@@ -51,7 +51,8 @@ def series(tmp_path_factory):
     write(folder / "01_first.ipynb", SHOW, FIGURE, RECORD, parameters=PARAMETERS)
     write(folder / "02_second.ipynb", "assert steps == 3", parameters="steps: int = 3  # how many")
     (folder / "params").mkdir()
-    (folder / "params" / "02_second.large.yaml").write_text("steps: 4\n")
+    (folder / "params" / "large.yaml").write_text("steps: 4\n")
+    (folder / "params" / "wrong.yaml").write_text("step: 4\n")
     return folder
 
 
@@ -134,8 +135,9 @@ def test_a_dead_kernel_is_reported_as_such(tmp_path, capsys):
         (["-p", "lr", "abc"], "parameter lr of 01_first: 'abc' is not a number"),
         (["-p", "budgets", "3"], "parameter budgets of 01_first: 3 is not a list"),
         (["--only", "02,07"], "--only 07: no such notebook"),
-        (["--setting", "huge"], "settings: bench, large"),
-        (["--setting", "large", "--only", "01"], "no notebook has parameters for it"),
+        (["--setting", "huge"], "settings: bench, large, wrong"),
+        (["--setting", "large", "--only", "01"], "none of these notebooks has parameters for it"),
+        (["--setting", "wrong"], "unknown parameter step: no notebook, in"),
         (["--params", "missing.yaml"], "missing.yaml: "),
     ],
 )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdpo_utils import losses, ranks, train
+from cdpo_utils import losses, ranks, record, run, train
 
 TINY = "method: {method}\nfeedback: oracle\nn_pairs: 500\nn_objects: 3\nn_tools: 3\nsteps: 20\nshards: 3\nout: {out}\n"
 
@@ -97,3 +97,12 @@ def test_too_few_shards(tmp_path, capsys):
     )
     assert train.main(["--config", str(tmp_path / "c.yaml")]) == 2
     assert "shards 0; expected at least 1, one a process\n" in capsys.readouterr().err
+
+
+def test_the_configuration_of_smollm2_is_the_parameter_file_of_the_notebooks():
+    root = record.repo_root()
+    ours, notebooks = (
+        vars(train.read_config(root / file)) for file in ("configs/smollm2.yaml", "notebooks/params/smollm2.yaml")
+    )
+    named = run.read_yaml(root / "notebooks" / "params" / "smollm2.yaml")
+    assert {name: ours[name] for name in named} == {name: notebooks[name] for name in named}
