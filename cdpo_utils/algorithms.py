@@ -134,6 +134,15 @@ def with_logps(lab, pairs):
     return pairs
 
 
+def referring_to(lab, policy, pairs):
+    """The pairs with `policy`, as it is now, for DPO's reference."""
+    known = {}
+    for side in ("chosen", "rejected"):
+        logps = lab.logps(policy, pairs["prompt_ids"][:], pairs[f"{side}_ids"][:], known)
+        pairs = set_column(pairs, f"ref_{side}_logps", logps)
+    return pairs
+
+
 def set_column(dataset, name, values):
     """The dataset with one column replaced."""
     if name in dataset.column_names:
@@ -299,10 +308,7 @@ def pd_dpo(lab, reward_policy, frame, feedback, budget, beta, schedule, samples=
     labels it spends per answer, for the account. At lam = 0 the policy is pi_r itself.
     """
     pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
-    known = {}
-    for side in ("chosen", "rejected"):
-        logps = lab.logps(reward_policy, pairs["prompt_ids"][:], pairs[f"{side}_ids"][:], known)
-        pairs = set_column(pairs, f"ref_{side}_logps", logps)
+    pairs = referring_to(lab, reward_policy, pairs)
     pi_r = policies.snapshot(reward_policy)
     policy = reward_policy
     trainer = _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)

@@ -168,6 +168,22 @@ def gap(logps, ref_logps, optimum):
     return 100 * kl(logps, optimum.logps) / kl(ref_logps, optimum.logps)
 
 
+def best_of_n(ref_logps, score, n):
+    """log-probabilities (P, A) of the answer with the highest score among n draws of the reference.
+
+    Where F(y) is the chance that one draw scores no more than y, it is y with F(y)^n - F(just below y)^n. Of answers
+    with equal scores the later one wins.
+    """
+    order = np.argsort(score, axis=1, kind="stable")
+    below = np.cumsum(np.exp(np.take_along_axis(normalise(ref_logps), order, 1)), 1)
+    below = np.concatenate([np.zeros((len(below), 1)), below / below[:, -1:]], 1)
+    with np.errstate(divide="ignore"):  # an answer that the reference never gives
+        logps = np.log(np.diff(below**n, axis=1))
+    out = np.empty_like(logps)
+    np.put_along_axis(out, order, logps, 1)
+    return out
+
+
 def pareto(ref_logps, reward, costs, beta, multipliers):
     """The exact trade-off as lambda varies, one constraint: arrays reward, cost, kl and objective, each (len,)."""
     policies = [gibbs(ref_logps, lagrangian_score(reward, costs, lam), beta) for lam in multipliers]

@@ -1,0 +1,120 @@
+"""What the papers compare with: SACPO and its merged form, SafeDPO, MODPO, PeCAN, RePO's penalty, best of n.
+
+Each trains on a `Lab` as `algorithms` do and returns a policy. A loss that takes a constant of the pair from DPO's
+margin needs no trainer of its own: it is DPO with another reference log-probability (`shifted`).
+"""
+
+import numpy as np
+
+from cdpo_utils import algorithms, data, dual, trainers
+from cdpo_utils.algorithms import Feedback
+
+
+def _pairs(lab, frame, schedule):
+    """As many random rows of prompt, chosen, rejected as the schedule looks at, tokenised, with log pi_ref."""
+    looked_at = schedule.steps * schedule.batch_size
+    if len(frame) > looked_at:
+        frame = frame.sample(looked_at, random_state=schedule.seed)
+    return frame, algorithms.with_logps(
+        lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected)
+    )
+
+
+def shifted(pairs, shift, beta):
+    """Pairs on which DPO's loss is -log sigmoid(margin - shift), shift (n,) in units of reward."""
+    return algorithms.set_column(pairs, "ref_chosen_logps", np.asarray(pairs["ref_chosen_logps"][:]) + shift / beta)
+
+
+def _train(lab, policy, pairs, beta, schedule, pref_prob=1.0):
+    pairs = algorithms.set_column(pairs, "pref_prob", np.broadcast_to(pref_prob, len(pairs)))
+    trainer = algorithms._trainer(lab, policy, pairs, beta, schedule)
+    trainers.run_steps(trainer, schedule.steps, schedule.seed)
+    return policy
+
+
+def sacpo(lab, reward_policy, safety, lam, beta, schedule):
+    """Stepwise alignment (arXiv:2404.11049, Theorem 1): pi_r = `reward_policy` is trained on, once, by DPO on safety
+    pairs with reference pi_r and strength beta / lam. P-SACPO is `merged` of pi_r and the result."""
+    _, pairs = _pairs(lab, safety, schedule)
+    pairs = algorithms.referring_to(lab, reward_policy, pairs)
+    return _train(lab, reward_policy, pairs, beta / lam, schedule)
+
+
+def merged(weights, others, share):
+    """`share` of `weights` and the rest of `others`, tensor by tensor (two `policies.snapshot`s): P-SACPO's merging."""
+    return {name: share * value + (1 - share) * others[name] for name, value in weights.items()}
+
+
+def safe_dpo_pairs(frame):
+    """SafeDPO's data map (arXiv:2505.20065): rows in PKU-SafeRLHF's columns with helpful labels and signs become
+    prompt, chosen, rejected, guarded. An unsafe winner changes places with a safe loser, a pair of two unsafe answers
+    is dropped; guarded is 1 where a safe answer now stands against an unsafe one, else 0."""
+    pairs = data.preference_pairs(frame, "helpful")
+    data.require(frame, "signs", "SafeDPO")
+    first = (frame.better_response_id == 0).to_numpy()
+    safe = frame[["is_response_0_safe", "is_response_1_safe"]].to_numpy(bool)
+    winner, loser = np.where(first, safe.T, safe.T[::-1])
+    swap = ~winner & loser
+    pairs.loc[swap, ["chosen", "rejected"]] = pairs.loc[swap, ["rejected", "chosen"]].to_numpy()
+    return pairs.assign(guarded=(winner != loser).astype(float))[winner | loser].reset_index(drop=True)
+
+
+def safe_dpo(lab, frame, margin, beta, schedule):
+    """SafeDPO (arXiv:2505.20065): -log sigmoid(DPO's margin - guarded * margin) on `safe_dpo_pairs`. It has no budget:
+    its constraint is that no answer is unsafe."""
+    frame, pairs = _pairs(lab, safe_dpo_pairs(frame), schedule)
+    return _train(lab, lab.new_policy(schedule.seed), shifted(pairs, margin * frame.guarded, beta), beta, schedule)
+
+
+def modpo(lab, safe_policy, helpful, lam, beta, schedule):
+    """MODPO (arXiv:2310.03708): DPO on helpfulness whose margin leaves lam times the implicit safety reward of
+    `safe_policy`, beta log pi_s / pi_ref, to the loss; optimum pi_ref exp((r - lam c) / beta).
+
+    The paper weighs the objectives by w and 1 - w: lam = (1 - w) / w, with the paper's beta = w times ours.
+    """
+    _, pairs = _pairs(lab, helpful, schedule)
+    safer = algorithms.referring_to(lab, safe_policy, pairs)
+    margin = [np.asarray(safer[name][:]) - np.asarray(pairs[name][:]) for name in trainers.REF_COLUMNS]
+    pairs = shifted(pairs, lam * beta * (margin[0] - margin[1]), beta)
+    return _train(lab, lab.new_policy(schedule.seed), pairs, beta, schedule)
+
+
+def implicit_scores(lab, policy, samples, beta):
+    """beta log pi / pi_ref of samples, (P, n): the reward that a DPO policy stands for, up to a term of the prompt."""
+    n = len(samples.ids[0])
+    prompt_ids = [ids for ids in samples.prompt_ids for _ in range(n)]
+    answer_ids = [ids for row in samples.ids for ids in row]
+    ratio = lab.logps(policy, prompt_ids, answer_ids, {}) - lab.reference_logps(prompt_ids, answer_ids)
+    return beta * ratio.reshape(-1, n)
+
+
+def pecan(lab, reward, cost, samples, improvement, beta, schedule):
+    """PeCAN (arXiv:2405.19544): one-shot with the implicit scores of two DPO policies in the place of scorers.
+
+    reward, cost (P, n): `implicit_scores` of DPO on helpfulness, and minus those of DPO on safety, on the reference's
+    `samples`. Such costs have no zero, so the budget is `improvement`, in units of cost, below their mean.
+    Returns (policy, multiplier). Raises ValueError where no choice among the samples costs so little.
+    """
+    solution = dual.one_shot(reward, cost[..., None], beta, cost.mean() - improvement)
+    if not solution.feasible:
+        raise ValueError(f"pecan: no choice among the samples costs {improvement} less than they do on average")
+    feedback = Feedback(lambda *_: reward.ravel(), lambda *_: cost.reshape(-1, 1), "learned")
+    pairs, difference = algorithms.sampled_pairs(lab, samples, feedback, schedule.seed)
+    p = algorithms.preference_probability(difference, solution.lam, "soft", None)
+    return _train(lab, lab.new_policy(schedule.seed), pairs, beta, schedule, p), float(solution.lam[0])
+
+
+def rectified(feedback, budget):
+    """RePO's view of the constraint (arXiv:2410.19933): the cost of an answer is what it exceeds the budget by, so that
+    no answer makes up for another. Budgets of these costs are 0 or above."""
+
+    def costs(prompts, answers):
+        return np.maximum(feedback.costs(prompts, answers) - budget, 0.0)
+
+    return Feedback(feedback.reward, costs, feedback.kind)
+
+
+def within_budget(reward, cost, budget):
+    """A score whose best answer is the most rewarding one within the budget, and else the cheapest; any shape."""
+    floor = np.min(reward) - 1.0
+    return np.where(cost <= budget, reward, floor - np.maximum(cost - budget, 0.0))
