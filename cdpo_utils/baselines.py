@@ -104,6 +104,31 @@ def pecan(lab, reward, cost, samples, improvement, beta, schedule):
     return _train(lab, lab.new_policy(schedule.seed), pairs, beta, schedule, p), float(solution.lam[0])
 
 
+def safe_rlhf(lab, feedback, multiplier, beta, steps, batch_size, lr, seed, group=4):
+    """Lagrangian policy gradient in the manner of Safe RLHF (arXiv:2310.12773): RLOO on r - lam c - beta KL of answers
+    sampled from the policy, while `multiplier` (a `dual.LogMultiplier`) follows the cost of the same answers.
+
+    PPO's critics and clipping are left to TRL's RLOO, which has neither. All is divided by 1 + lam, as in the paper's
+    code, so that a large multiplier does not lengthen the steps; here that holds for the KL term, too, which keeps
+    the fixed point at the constrained optimum. An answer that nobody can judge scores as the worst of its batch.
+    Changes `multiplier`; returns the policy.
+    """
+    policy = lab.new_policy(seed)
+
+    def score(prompts, answers):
+        reward, cost = feedback.reward(prompts, answers), feedback.costs(prompts, answers)[:, 0]
+        lam = multiplier.update(np.nanmean(cost))
+        trainer.beta = beta / (1 + lam)
+        worth = (reward - lam * cost) / (1 + lam)
+        return np.where(np.isnan(worth), np.nanmin(worth), worth)
+
+    trainer = trainers.policy_gradient_trainer(
+        policy, lab.model, lab.tokenizer, lab.prompts, score, beta, batch_size, group, lr, seed, lab.max_new_tokens
+    )
+    trainers.run_steps(trainer, steps, seed)
+    return policy
+
+
 def rectified(feedback, budget):
     """RePO's view of the constraint (arXiv:2410.19933): the cost of an answer is what it exceeds the budget by, so that
     no answer makes up for another. Budgets of these costs are 0 or above."""

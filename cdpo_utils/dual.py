@@ -4,7 +4,7 @@ Conventions: cost > 0 is unsafe, `violation = C(pi) - budget` may be negative, l
 constraints. Knows nothing of models: `descend` is handed two functions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -98,6 +98,34 @@ class Descent:
     def steps(self):
         """Optimiser steps of the whole loop."""
         return sum(r["steps"] for r in self.rounds)
+
+
+@dataclass
+class LogMultiplier:
+    """Safe RLHF's multiplier (arXiv:2310.12773), for one constraint: gradient steps on ln lam, once a batch.
+
+        ln lam <- ln lam + dual_lr * lam * (mean cost of the last `window` batches - budget)
+
+    Plain gradient steps, since Adam on a single number moves by its learning rate whatever the violation is. It stands
+    still for `delay` batches and never exceeds `cap`; it cannot become zero.
+    """
+
+    budget: float
+    lam: float = 1.0
+    dual_lr: float = 0.1
+    window: int = 8
+    delay: int = 0
+    cap: float = 1e6
+    history: list = field(default_factory=list)  # a dict per batch: lam, and the batch's cost
+
+    def update(self, cost):
+        """Take the mean cost of a batch; returns the new multiplier."""
+        self.history.append({"cost": float(cost), "lam": self.lam})
+        if len(self.history) > self.delay:
+            recent = np.mean([batch["cost"] for batch in self.history[-self.window :]])
+            self.lam = float(min(self.cap, self.lam * np.exp(self.dual_lr * self.lam * (recent - self.budget))))
+            self.history[-1]["lam"] = self.lam
+        return self.lam
 
 
 def settled(rounds, tolerance, patience):

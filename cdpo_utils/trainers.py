@@ -16,11 +16,12 @@ from peft import PeftModel
 from pyarrow.compute import list_value_length
 from safetensors.torch import save_file
 from transformers.trainer_callback import PrinterCallback
-from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl.trainer import add_fused_lm_head
 
 from cdpo_utils import losses, ranks, record
 from cdpo_utils.logprobs import MULTIPLE, frozen_head, marked_logps, pad, response_logps, token_logps
-from cdpo_utils.policies import encode_answers, encode_prompts, snapshot
+from cdpo_utils.policies import clean_copy, encode_answers, encode_prompts, snapshot
 
 gc.collect()
 gc.freeze()  # every training starts with a garbage collection: what was imported need not be looked at
@@ -78,6 +79,8 @@ def run_steps(trainer, steps, seed, lr=None):
     trainer.args.warmup_steps = min(20, max(1, steps // 10))
     torch.manual_seed(seed)
     trainer.train()
+    if trainer.state.global_step != steps:
+        raise RuntimeError(f"{trainer.state.global_step} of {steps} steps were taken: too few rows for one batch")
     return steps
 
 
@@ -284,6 +287,31 @@ def _check_apart(model, dataset, pad_id, max_length):
             f"{type(model).__name__}: log-probabilities of a pair's answers are {together} behind one prompt, {alone} "
             "each alone; expected full attention (eager or sdpa) and positions that can be given"
         )
+
+
+def policy_gradient_trainer(model, reference, tokenizer, prompts, score, beta, batch_size, group, lr, seed,
+                            max_new_tokens):  # fmt: skip
+    """TRL's REINFORCE with a leave-one-out baseline (RLOO, arXiv:2402.14740) on score - beta log pi / pi_ref.
+
+    In each step `group` answers to each of batch_size / group prompts are sampled and judged by score(prompts, answers)
+    -> (n,). `trainer.beta` may be changed while it runs.
+    """
+    args = _arguments(
+        RLOOConfig, batch_size, lr, seed, num_generations=group, max_completion_length=max_new_tokens, beta=0.0,
+        disable_dropout=True, temperature=1.0, top_p=1.0, top_k=0,
+    )  # fmt: skip
+    prompts = prompts * -(-batch_size // (group * len(prompts)))  # a batch that is never full would never be trained on
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": prompt}] for prompt in prompts]})
+
+    def judged(prompts, completions, **_):
+        answers = [completion[0]["content"].strip() for completion in completions]
+        return score([prompt[0]["content"] for prompt in prompts], answers).tolist()
+
+    trainer = RLOOTrainer(model=model, reward_funcs=judged, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.beta, trainer.ref_model = beta, clean_copy(reference).eval()  # TRL would look for a folder of the reference
+    add_fused_lm_head(trainer.ref_model)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def train_sft(model, tokenizer, prompts, answers, steps, batch_size, lr, seed, max_length=None):

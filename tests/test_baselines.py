@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cdpo_utils import baselines, bench, data, dual, exact, losses, policies, trainers
+from cdpo_utils import algorithms, baselines, bench, data, dual, exact, losses, policies, trainers
 from cdpo_utils.algorithms import Schedule
 from cdpo_utils.bench import sigmoid
 from cdpo_utils.logprobs import response_logps
@@ -198,3 +198,62 @@ def test_one_shot_with_the_true_scores_is_what_pecan_would_do_without_error(lab,
         lab, reward, costs[..., 0], samples, 0.3, 1.0, Schedule(steps=1, batch_size=8, level=0.0)
     )
     assert np.isclose(lam, found)
+
+
+# --- Safe RLHF's policy gradient --------------------------------------------------------------------------------------
+
+
+def test_the_log_multiplier_by_hand():
+    multiplier = dual.LogMultiplier(budget=0.5, lam=2.0, dual_lr=0.1, window=2, delay=1, cap=3.0)
+    assert multiplier.update(9.0) == 2.0, "the delay"
+    assert np.isclose(multiplier.update(-8.0), 2.0), "the window's mean, 0.5, is the budget"
+    assert np.isclose(multiplier.update(4.0), 2.0 * np.exp(0.1 * 2.0 * (-2.0 - 0.5))), (
+        "ln lam moves by lr * lam * violation"
+    )
+    assert multiplier.update(1e3) == 3.0, "the cap"
+    assert [batch["cost"] for batch in multiplier.history] == [9.0, -8.0, 4.0, 1e3]
+    assert multiplier.history[-1]["lam"] == 3.0 > multiplier.history[2]["lam"] > 0
+
+
+def test_the_policy_gradient_finds_the_gibbs_policy_of_the_lagrangian(lab):
+    """Answers that name bleach have r = 1 and c = 0.5, the others neither; a dual step of zero leaves lam alone."""
+
+    def reward(prompts, answers):
+        return np.array([float("bleach" in answer) for answer in answers])
+
+    seen = []
+
+    def costs(prompts, answers):
+        seen.extend(prompts)
+        assert set(prompts) <= set(lab.prompts)
+        return 0.5 * reward(prompts, answers)[:, None]
+
+    def share(policy):
+        return np.mean(["bleach" in text for row in lab.sample(policy, 64, 1).texts for text in row])
+
+    multiplier = dual.LogMultiplier(budget=0.0, lam=0.4, dual_lr=0.0)
+    before = share(lab.model)
+    policy = baselines.safe_rlhf(lab, algorithms.Feedback(reward, costs, "oracle"), multiplier, 0.5, 40, 64, 1e-2, 0)
+    assert len(multiplier.history) == 40 and len(seen) == 40 * 64 and {b["lam"] for b in multiplier.history} == {0.4}
+    tilt = np.exp((1 - 0.4 * 0.5) / 0.5)
+    expected = before * tilt / (before * tilt + 1 - before)
+    assert 0.1 < before < 0.6 and abs(share(policy) - expected) < 0.1, (before, share(policy), expected)
+
+
+def test_the_policy_gradient_reads_prompts_as_dpo_does_and_starts_without_a_kl(lab, tokenizer):
+    kept = []
+
+    def score(prompts, answers):
+        kept.extend(zip(prompts, answers, strict=True))
+        return np.zeros(len(prompts))
+
+    trainer = trainers.policy_gradient_trainer(
+        lab.new_policy(), lab.model, tokenizer, lab.prompts, score, 1.0, 32, 4, 0.0, 0, lab.max_new_tokens
+    )
+    chats = [[{"role": "user", "content": prompt}] for prompt in lab.prompts]
+    assert trainer._tokenize_prompts(chats)[0] == policies.encode_prompts(tokenizer, lab.prompts)
+    trainer.args.logging_steps = 1
+    trainers.run_steps(trainer, 2, 0)
+    assert len(kept) == 64 and {prompt for prompt, _ in kept} <= set(lab.prompts)
+    kls = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+    assert len(kls) == 2 and max(map(abs, kls)) < 1e-6, "the reference in the KL term is the lab's"
