@@ -35,6 +35,7 @@ class Lab:
     sample_rows: int = 4096  # answers sampled at once
     forward_tokens: int = BATCH_TOKENS  # tokens run at once where nothing is trained
     shards: int = 1  # parts of the prompts with a random stream each: what is sampled does not depend on who samples it
+    judged: Callable | None = None  # text -> text: what scorers see of an answer that the token limit has cut off
     cache: dict = field(default_factory=dict, repr=False)  # (prompt ids, answer ids) -> log pi_ref
 
     def new_policy(self, seed=0):
@@ -67,6 +68,16 @@ class Lab:
             )
         drawn = ranks.merge(drawn)
         texts, ids = ([row for k in range(self.shards) for row in drawn[k][j]] for j in (0, 1))
+        return self.samples(prompts, prompt_ids, texts, ids)
+
+    def samples(self, prompts, prompt_ids, texts, ids):
+        """`Samples` of drawn answers, the texts of those that were cut off as `judged` has them."""
+        if self.judged:
+            end = self.tokenizer.eos_token_id
+            texts = [
+                [text if answer[-1] == end else self.judged(text) for text, answer in zip(*row, strict=True)]
+                for row in zip(texts, ids, strict=True)
+            ]
         return Samples(prompts, prompt_ids, texts, ids)
 
     def sample_reference(self, n, seed):
@@ -77,7 +88,7 @@ class Lab:
 
 @dataclass
 class Samples:
-    """n answers for each of P prompts: texts and token ids are P lists of n."""
+    """n answers for each of P prompts: texts, as scorers see them, and token ids are P lists of n."""
 
     prompts: list[str]
     prompt_ids: list

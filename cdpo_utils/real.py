@@ -21,7 +21,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from cdpo_utils import beaver, data, evaluate, judges, policies, preflight, record
-from cdpo_utils.algorithms import Feedback, Lab, Samples
+from cdpo_utils.algorithms import Feedback, Lab
 from cdpo_utils.cache import cached_json, cached_weights
 from cdpo_utils.data import DataError
 from cdpo_utils.fetch import model_folder
@@ -248,7 +248,7 @@ class Real:
 
         ids = cached_json("answers", settings, draw)
         texts = [[t.strip() for t in lab.tokenizer.batch_decode(row, skip_special_tokens=True)] for row in ids]
-        return Samples(prompts, policies.encode_prompts(lab.tokenizer, prompts), texts, ids)
+        return lab.samples(prompts, policies.encode_prompts(lab.tokenizer, prompts), texts, ids)
 
     def win_rates(self, candidates, judged_by, samples):
         """How often each candidate of `judge` beats the first one on held-out prompts: DataFrame [rate, low, high,
@@ -364,7 +364,7 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     backbone = getattr(base, base.base_model_prefix).state_dict()
     torch.manual_seed(seed)
     policy = get_peft_model(base, lora(base, task_type="CAUSAL_LM"))
-    lab = Lab(policy, tokenizer, [], max_new_tokens, max_length, SAMPLE_ROWS, FORWARD_TOKENS)
+    lab = Lab(policy, tokenizer, [], max_new_tokens, max_length, SAMPLE_ROWS, FORWARD_TOKENS, judged=whole)
     train, held_out, notes, done = {}, {}, [], {}
     for label, frame in frames.items():
         if id(frame) not in done:  # one file with both labels is fitted and split once
@@ -439,7 +439,15 @@ def cut_text(text, tokenizer, n):
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     if len(offsets) < n:
         return text
-    text = text[: offsets[max(0, n - 3)][1]]  # a beginning may take a token more than its share of the whole
+    return whole(text[: offsets[max(0, n - 3)][1]])  # a beginning may take a token more than its share of the whole
+
+
+def whole(text):
+    """`text` up to its last whole sentence, else its last whole word.
+
+    Scorers are trained on answers that end so (`fit`). What they say of a text that breaks off in the middle of a
+    sentence depends on where it does, which no policy can learn.
+    """
     sentences = list(re.finditer(r"[.!?](?=\s|$)|\n", text))
     end = sentences[-1].end() if sentences else max(text.rfind(" "), 0)
     return text[:end].strip()

@@ -340,6 +340,32 @@ def test_fetch_does_nothing_where_the_model_is(tmp_path, monkeypatch, capsys):
     assert fetch.main(["smollm2"]) == 0 and str(fetch.model_folder("smollm2")) in capsys.readouterr().out
 
 
+def test_scorers_see_whole_sentences_of_an_answer_that_was_cut_off(made):
+    lab, end = made.lab, made.lab.tokenizer.eos_token_id
+    texts = [["Take wax. Then rinse it 3", "Take wax. Then rinse"]]
+    drawn = lab.samples(["p"], [[5]], texts, [[[6, 7], [6, end]]])
+    assert drawn.texts == [["Take wax.", "Take wax. Then rinse"]], "the second one ended by itself"
+    assert real.whole("no sentence ends he") == "no sentence ends" and real.whole("One.\nTwo") == "One."
+    for sampled in (made.answers(None, 3), lab.sample(lab.model, 3, 0)):
+        for row, ids in zip(sampled.texts, sampled.ids, strict=True):
+            for text, answer in zip(row, ids, strict=True):
+                full = lab.tokenizer.decode(answer, skip_special_tokens=True).strip()
+                assert text == (full if answer[-1] == end else real.whole(full))
+
+
+def test_scores_are_kept_by_scorer_and_texts(made, monkeypatch):
+    asked, score = [], policies.score
+    monkeypatch.setattr(policies, "score", lambda *a: asked.append(len(a[2])) or score(*a))
+    prompts, answers = made.judge_prompts[:2], ["Take wax.", "Use acid."]
+    one = made.learned_feedback(None, made.scorer("cost"))
+    first = one.costs(prompts, answers)
+    again = made.learned_feedback(None, made.scorer("cost")).costs(prompts, answers)
+    assert asked == [2] and np.array_equal(first, again) and first.shape == (2, 1)
+    one.costs(prompts, answers[::-1])
+    assert not np.array_equal(made.learned_feedback(None, made.scorer("reward")).costs(prompts, answers), first)
+    assert asked == [2, 2, 2]
+
+
 def test_answers_are_drawn_once_per_policy_and_kept(made, monkeypatch):
     lab, drawn = made.lab, []
     sample = policies.sample
