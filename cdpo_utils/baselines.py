@@ -4,7 +4,10 @@ Each trains on a `Lab` as `algorithms` do and returns a policy. A loss that take
 margin needs no trainer of its own: it is DPO with another reference log-probability (`shifted`).
 """
 
+import dataclasses
+
 import numpy as np
+from peft import PeftModel
 
 from cdpo_utils import algorithms, data, dual, trainers
 from cdpo_utils.algorithms import Feedback
@@ -41,7 +44,12 @@ def sacpo(lab, reward_policy, safety, lam, beta, schedule):
 
 
 def merged(weights, others, share):
-    """`share` of `weights` and the rest of `others`, tensor by tensor (two `policies.snapshot`s): P-SACPO's merging."""
+    """`share` of `weights` and the rest of `others`, tensor by tensor (two `policies.snapshot`s): P-SACPO's merging.
+
+    Raises ValueError for adapters: the mean of two products is not the product of two means.
+    """
+    if any("lora_" in name for name in weights):
+        raise ValueError("merged: these are the factors of LoRA adapters; expected whole weights")
     return {name: share * value + (1 - share) * others[name] for name, value in weights.items()}
 
 
@@ -61,7 +69,9 @@ def safe_dpo_pairs(frame):
 
 def safe_dpo(lab, frame, margin, beta, schedule):
     """SafeDPO (arXiv:2505.20065): -log sigmoid(DPO's margin - guarded * margin) on `safe_dpo_pairs`. It has no budget:
-    its constraint is that no answer is unsafe."""
+    its constraint is that no answer is unsafe. Without the level term, which needs answers as their sampler drew them:
+    here pairs of unsafe ones are gone."""
+    schedule = dataclasses.replace(schedule, level=0.0)
     frame, pairs = _pairs(lab, safe_dpo_pairs(frame), schedule)
     return _train(lab, lab.new_policy(schedule.seed), shifted(pairs, margin * frame.guarded, beta), beta, schedule)
 
@@ -108,19 +118,23 @@ def safe_rlhf(lab, feedback, multiplier, beta, steps, batch_size, lr, seed, grou
     """Lagrangian policy gradient in the manner of Safe RLHF (arXiv:2310.12773): RLOO on r - lam c - beta KL of answers
     sampled from the policy, while `multiplier` (a `dual.LogMultiplier`) follows the cost of the same answers.
 
-    PPO's critics and clipping are left to TRL's RLOO, which has neither. All is divided by 1 + lam, as in the paper's
-    code, so that a large multiplier does not lengthen the steps; here that holds for the KL term, too, which keeps
-    the fixed point at the constrained optimum. An answer that nobody can judge scores as the worst of its batch.
-    Changes `multiplier`; returns the policy.
+    RLOO stands in for PPO: no critics, and since each batch is used once, nothing is ever clipped. All is divided by
+    1 + lam, as in the paper's code, so that a large multiplier does not lengthen the steps; here that holds for the KL
+    term, too, which keeps the fixed point at the constrained optimum. An answer that nobody can judge scores as the
+    worst of its batch. Changes `multiplier`; returns the policy. Raises ValueError for an adapter, whose base TRL would
+    not find in memory.
     """
+    if isinstance(lab.model, PeftModel):
+        raise ValueError("safe_rlhf: the policy is an adapter; expected a model of its own, as on the bench")
     policy = lab.new_policy(seed)
 
     def score(prompts, answers):
         reward, cost = feedback.reward(prompts, answers), feedback.costs(prompts, answers)[:, 0]
-        lam = multiplier.update(np.nanmean(cost))
+        lam = multiplier.update(cost[~np.isnan(cost)].mean() if not np.isnan(cost).all() else np.nan)
         trainer.beta = beta / (1 + lam)
         worth = (reward - lam * cost) / (1 + lam)
-        return np.where(np.isnan(worth), np.nanmin(worth), worth)
+        judged = ~np.isnan(worth)
+        return np.where(judged, worth, worth[judged].min() if judged.any() else 0.0)
 
     trainer = trainers.policy_gradient_trainer(
         policy, lab.model, lab.tokenizer, lab.prompts, score, beta, batch_size, group, lr, seed, lab.max_new_tokens

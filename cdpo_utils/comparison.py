@@ -2,17 +2,20 @@
 
     python -m cdpo_utils.comparison --seeds 0 1 2 --steps 600 --out build/comparison.json
 
-`steps` optimiser steps of 64 pairs are what each method may spend, in all its stages and rounds together; a step on
-sampled answers takes two in the place of a pair. The knob of each method has three values, of which the one with the
-smallest gap on a validation world of its own is taken; the test worlds have other objects' rewards, costs and labels.
-Feedback is learned for all: scorers where a method needs them, trained once on the same labels.
+`steps` optimiser steps of 64 pairs are what each policy may be trained for, in all stages and rounds together; a step
+on sampled answers takes two in the place of a pair. The knob of each method has three values, of which the one with the
+smallest gap on a validation world is taken; the test worlds have other rewards, costs and labels.
+
+Feedback is learned for all: scorers where a method needs them, trained on one pass over all labels, which is more than
+the steps of a method without scorers look at. Each row says how many labels its method has looked at (`labels`), and
+how many sampled answers it had scored (`answers`).
 """
 
 import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +35,19 @@ KNOBS = {  # method: (name of the knob, its values)
     "sacpo": ("lam", LAMBDAS),
     "p_sacpo": ("share", (0.25, 0.5, 0.75)),
     "repo": ("lam", LAMBDAS),
-    "safe_rlhf": ("dual_lr", (0.03, 0.1, 0.3)),
+    "safe_rlhf": ("dual_lr", (0.01, 0.03, 0.1)),
     "pecan": ("rate", RATES),
     "one_shot": ("rate", RATES),
     "c_dpo": ("rate", RATES),
     "dual_descent": ("rate", RATES),
     "pd_dpo": ("rate", RATES),
 }
+HARD = {  # methods that look at labels in the steps of a policy: the share of these steps
+    "dpo_helpful": 1.0, "dpo_harmless": 1.0, "safe_dpo": 1.0, "modpo": 1.0, "sacpo": 1.0, "p_sacpo": 1.0,
+    "pecan": 2 / 3, "pd_dpo": 1.0,
+}  # fmt: skip
+SCORED = {"best_of_n", "repo", "safe_rlhf", "one_shot", "c_dpo", "dual_descent", "pecan", "pd_dpo"}  # by both scorers
+TUNED = {}
 CAUTIOUS = 4.0  # the multiplier that P-SACPO overshoots with before it merges
 REFERENCE_SAMPLES = 64  # answers per prompt, for methods that learn from the reference's own answers
 SAMPLES = 64  # answers per prompt in each estimate of the cost
@@ -74,35 +83,33 @@ class Task:
 
 
 def train(method, knob, task):
-    """One method: (policy, or log-probabilities (P, A) where there is none; multiplier or None; what it sampled).
-
-    What it sampled is a dict: answers, of reference or policy, that were scored; labels asked for in the loop.
-    """
+    """One method: (policy, or log-probabilities (P, A) where there is none; multiplier or None; number of answers, of
+    reference or policy, that were scored)."""
     made, beta, budget, steps = task.made, task.beta, task.budget, task.steps
-    lab, none = made.lab, {"answers": 0, "labels": 0}
+    lab = made.lab
     if method in ("dpo_helpful", "dpo_harmless"):
         pairs = made.helpful if method == "dpo_helpful" else made.safety
-        return algorithms.dpo(lab, pairs, beta, task.hard(steps, knob))[0], None, none
+        return algorithms.dpo(lab, pairs, beta, task.hard(steps, knob))[0], None, 0
     if method == "best_of_n":
         reward, costs = scoring.tables(made, task.feedback, task.truth)
         score = baselines.within_budget(reward, costs[..., 0], budget)
-        return exact.best_of_n(task.truth.ref_logps, score, knob), None, none
+        return exact.best_of_n(task.truth.ref_logps, score, knob), None, knob * len(score)
     if method == "safe_dpo":
-        return baselines.safe_dpo(lab, made.frame, knob, beta, task.hard(steps)), None, none
+        return baselines.safe_dpo(lab, made.frame, knob, beta, task.hard(steps)), None, 0
     if method == "modpo":
         safe, _ = algorithms.dpo(lab, made.safety, beta, task.hard(steps / 2))
-        return baselines.modpo(lab, safe, made.helpful, knob, beta, task.hard(steps / 2)), knob, none
+        return baselines.modpo(lab, safe, made.helpful, knob, beta, task.hard(steps / 2)), knob, 0
     if method in ("sacpo", "p_sacpo"):
         pi_r, _ = algorithms.dpo(lab, made.helpful, beta, task.hard(steps / 2))
         helpful, lam = policies.snapshot(pi_r), knob if method == "sacpo" else CAUTIOUS
         policy = baselines.sacpo(lab, pi_r, made.safety, lam, beta, task.hard(steps / 2))
         if method == "p_sacpo":
             policies.restore(policy, baselines.merged(helpful, policies.snapshot(policy), knob))
-        return policy, lam, none
+        return policy, lam, 0
     if method == "safe_rlhf":
         multiplier = dual.LogMultiplier(budget, lam=1.0, dual_lr=knob, delay=20)
         policy = baselines.safe_rlhf(lab, task.feedback, multiplier, beta, steps, 128, 3e-3, made.seed)
-        return policy, multiplier.lam, {"answers": 128 * steps, "labels": 0}
+        return policy, multiplier.lam, 128 * steps
     if method == "c_dpo":
         frame = made.frame.head(20_000)
         pairs = frame.assign(chosen=frame.response_0, rejected=frame.response_1)
@@ -113,14 +120,13 @@ def train(method, knob, task):
         return policy, float(descent.lam[0]), _sampled(descent)
     if method == "pd_dpo":
         pi_r, _ = algorithms.dpo(lab, made.helpful, beta, task.hard(steps / 3, knob))
-        voters = algorithms.votes(labs.oracle_feedback(made), 16, made.seed)
         policy, descent = algorithms.pd_dpo(
-            lab, pi_r, made.safety.head(60_000), voters, budget, beta, task.hard(steps / 3, knob), labels=16,
-            max_rounds=3, tolerance=0.0,
+            lab, pi_r, made.safety.head(60_000), task.feedback, budget, beta, task.hard(steps / 3, knob),
+            samples=SAMPLES, max_rounds=3, tolerance=0.0,
         )  # fmt: skip
         return policy, float(descent.lam[0]), _sampled(descent)
     drawn = task.drawn()
-    stored = {"answers": REFERENCE_SAMPLES * len(lab.prompts), "labels": 0}
+    stored = REFERENCE_SAMPLES * len(lab.prompts)
     if method == "pecan":
         third, scores = task.hard(steps / 3, knob), []
         for pairs in (made.helpful, made.safety):
@@ -143,38 +149,44 @@ def train(method, knob, task):
             lab, drawn, feedback, budget, beta, task.soft(steps / 2, knob), samples=SAMPLES, dual_lr=0.5, max_rounds=3,
             lam=algorithms.starting_lam(feedback.on(drawn), beta, budget), tolerance=0.0,
         )  # fmt: skip
-        return policy, float(descent.lam[0]), {**stored, "answers": stored["answers"] + _sampled(descent)["answers"]}
+        return policy, float(descent.lam[0]), stored + _sampled(descent)
     raise ValueError(f"method {method!r}; expected one of {', '.join(KNOBS)}")
 
 
 def _sampled(descent):
-    return {
-        name: sum(r[short] for r in descent.rounds) for name, short in (("answers", "samples"), ("labels", "labels"))
-    }
+    return sum(r["samples"] for r in descent.rounds)
 
 
 def run_one(method, knob, seed, settings):
     """One training, judged exactly on training and unseen prompts: a row of the comparison (JSON values)."""
-    settings = settings | {"seed": seed, "budget_from": "absolute"}
+    settings = {"budget_from": "absolute"} | settings | {"seed": seed}
     made, truths = suite.opened(settings)
-    task = Task(made, truths["train"], settings["beta"], settings["budget"], settings["steps"])
+    budget = float(truths["train"].budget[0])
+    task = Task(made, truths["train"], settings["beta"], budget, settings["steps"])
     for kind in labs.SCORERS:
-        made.scorer(kind)  # everyone's: not counted
+        made.scorer(kind)  # everyone's: no part of the seconds
+    made.lab.cache.clear()  # nor is anyone given the reference's log-probabilities that another method needed, too
     started = time.time()
-    policy, lam, sampled = train(method, knob, task)
-    row = {"method": method, "knob": knob, "seed": seed, "lam": lam, "seconds": time.time() - started, **sampled}
+    policy, lam, answers = train(method, knob, task)
+    looked_at = 64 * task.steps * HARD.get(method, 0) + 2 * settings["n_pairs"] * (method in SCORED)
+    row = {"method": method, "knob": knob, "seed": seed, "lam": lam, "seconds": time.time() - started}
+    row |= {"answers": answers, "labels": round(looked_at)}
     for split, truth in truths.items():
-        if isinstance(policy, np.ndarray):
-            if split == "train":
-                row |= evaluate.metrics(policy, truth)
-            continue
-        found = made.evaluate(policy, truth)
+        if method == "best_of_n":
+            found = evaluate.metrics(train(method, knob, replace(task, truth=truth))[0], truth)
+        else:
+            found = made.evaluate(policy, truth)
         row |= found if split == "train" else {"gap_test": found["gap"], "violation_test": found["violation"]}
     return row | {"spread": float(evaluate.spread(truths["train"])[0])}
 
 
 def compare(methods, seeds, settings):
-    """Tune each method's knob on the validation world, then run it on every test seed: (tuning rows, test rows)."""
+    """Tune each method's knob on the validation world, then run it on every test seed: (tuning rows, test rows).
+
+    Raises ValueError where a test seed is the validation seed, or where no policy meets the budget in a world.
+    """
+    if VALIDATION_SEED in seeds:
+        raise ValueError(f"seed {VALIDATION_SEED} is the validation world, on which knobs are chosen; expected others")
     tried = [(method, value, VALIDATION_SEED, settings) for method in methods for value in KNOBS[method][1]]
     _fill(VALIDATION_SEED, settings)
     tuning = workers.side_by_side(run_one, tried)
@@ -189,10 +201,16 @@ def compare(methods, seeds, settings):
     return tuning, rows
 
 
+def tuned(seed, settings):
+    """A row of each method with the knob of TUNED, on the world of `seed`."""
+    _fill(seed, settings)
+    return workers.side_by_side(run_one, [(method, knob, seed, settings) for method, knob in TUNED.items()])
+
+
 def _fill(seed, settings):
     """The reference, then the scorers of a world into the cache, so that no two processes train the same one."""
     sizes = {name: settings[name] for name in ("n_objects", "n_tools")}
-    suite.opened(settings | {"seed": seed, "budget_from": "absolute"})
+    scoring.require_feasible(suite.opened({"budget_from": "absolute"} | settings | {"seed": seed})[1])
     workers.side_by_side(labs.fill_cache, [(kind, seed, settings["n_pairs"], sizes) for kind in labs.SCORERS])
 
 
@@ -205,12 +223,18 @@ def main(argv=None):
     parser.add_argument("--beta", type=float, default=1.0)
     parser.add_argument("--budget", type=float, default=0.0)
     parser.add_argument("--n-pairs", type=int, default=120_000)
+    parser.add_argument("--n-objects", type=int, default=8)
+    parser.add_argument("--n-tools", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("build/comparison.json"))
     given = parser.parse_args(argv)
-    settings = {"n_pairs": given.n_pairs, "n_objects": 8, "n_tools": 8}
-    settings |= {"beta": given.beta, "budget": given.budget, "steps": given.steps}
+    names = ("n_pairs", "n_objects", "n_tools", "beta", "budget", "steps")
+    settings = {name: getattr(given, name) for name in names}
     started = time.time()
-    tuning, rows = compare(given.methods, given.seeds, settings)
+    try:
+        tuning, rows = compare(given.methods, given.seeds, settings)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     result = {"settings": settings, "knobs": KNOBS, "tuning": tuning, "rows": rows, "seconds": time.time() - started}
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
@@ -218,10 +242,13 @@ def main(argv=None):
         mine = [row for row in rows if row["method"] == method]
         gaps, violations = [row["gap"] for row in mine], [row["violation"] / row["spread"] for row in mine]
         print(f"{method:14s} {KNOBS[method][0]} {mine[0]['knob']:<5} gap % {np.round(gaps, 2).tolist()} "
-              f"violation in spreads {np.round(violations, 3).tolist()} answers {mine[0]['answers']}")  # fmt: skip
+              f"violation in spreads {np.round(violations, 3).tolist()} labels {mine[0]['labels']} "
+              f"answers {mine[0]['answers']}")  # fmt: skip
     print(f"{time.time() - started:.0f} s; {given.out}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from cdpo_utils import comparison  # under its own name, by which the workers find `run_one`
+
+    sys.exit(comparison.main())

@@ -107,7 +107,9 @@ class LogMultiplier:
         ln lam <- ln lam + dual_lr * lam * (mean cost of the last `window` batches - budget)
 
     Plain gradient steps, since Adam on a single number moves by its learning rate whatever the violation is. It stands
-    still for `delay` batches and never exceeds `cap`; it cannot become zero.
+    still for `delay` batches and stays within [1 / cap, cap]. Ours: ln lam moves by `longest` at most, because in time
+    the step is d lam = dual_lr * violation * lam^2, which grows beyond all bounds before the window can show that the
+    cost has fallen.
     """
 
     budget: float
@@ -115,15 +117,19 @@ class LogMultiplier:
     dual_lr: float = 0.1
     window: int = 8
     delay: int = 0
-    cap: float = 1e6
-    history: list = field(default_factory=list)  # a dict per batch: lam, and the batch's cost
+    cap: float = 100.0
+    longest: float = 0.2
+    history: list = field(default_factory=list)  # a dict per batch: the batch's cost, and lam after it
 
     def update(self, cost):
-        """Take the mean cost of a batch; returns the new multiplier."""
+        """Take the mean cost of a batch (NaN, where nothing in it was judged, is passed over); returns the new lam."""
+        if np.isnan(cost):
+            return self.lam
         self.history.append({"cost": float(cost), "lam": self.lam})
         if len(self.history) > self.delay:
             recent = np.mean([batch["cost"] for batch in self.history[-self.window :]])
-            self.lam = float(min(self.cap, self.lam * np.exp(self.dual_lr * self.lam * (recent - self.budget))))
+            step = np.clip(self.dual_lr * self.lam * (recent - self.budget), -self.longest, self.longest)
+            self.lam = float(np.clip(self.lam * np.exp(step), 1 / self.cap, self.cap))
             self.history[-1]["lam"] = self.lam
         return self.lam
 

@@ -29,6 +29,7 @@ class Bench:
     sizes: dict
     setting = "bench"
     exact = True  # answers can be enumerated
+    content = ""  # parameters say all about a world
     optimiser = {"batch_size": 128, "lr": 3e-3}  # for hard labels, noisier than soft ones: `algorithms.Schedule`
 
     @property

@@ -331,6 +331,27 @@ def gap_bars(ax, rows):
     return ax
 
 
+def equal_terms(axes, rows):
+    """Two axes: gap to the exact optimum (log scale) and violation in spreads of the cost, a point per method and seed;
+    `rows` are `comparison.run_one`'s. The best median gap comes first."""
+    gaps = {}
+    for row in rows:
+        gaps.setdefault(row["method"], []).append(row["gap"])
+    order = sorted(gaps, key=lambda method: -float(np.median(gaps[method])))
+    for row in rows:
+        y = order.index(row["method"])
+        colour = METHOD_COLOURS.get(row["method"], REFERENCE)
+        for ax, x in zip(axes, (row["gap"], row["violation"] / row["spread"]), strict=True):
+            ax.plot(x, y, "o", color=colour, markeredgecolor="black", alpha=0.85)
+    axes[0].set(xscale="log", xlabel="gap to the exact optimum (%)", yticks=range(len(order)), yticklabels=order)
+    axes[0].axvline(100, color=REFERENCE, linewidth=1, label="the reference")
+    axes[1].axvline(0, color=BUDGET, linestyle="--", linewidth=1.5, label="budget")
+    axes[1].set(xlabel="violation (spreads of the cost)", yticks=range(len(order)), yticklabels=[])
+    for ax in axes:
+        ax.legend(fontsize=8, loc="lower left")
+    return axes
+
+
 def interval_plane(ax, intervals, budget):
     """Reward against cost of each method with both 95 % intervals, from the rows of `real.Real.judge`."""
     table = intervals.set_index(["method", "estimate"])

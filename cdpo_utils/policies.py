@@ -88,9 +88,9 @@ def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.
     order = np.argsort([len(p) for p in prompt_ids], kind="stable")
     texts, ids = [None] * len(prompt_ids), [None] * len(prompt_ids)
     per_batch = max(1, batch_rows // n)
-    plainly = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    plainly = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0)
     if model.config.vocab_size >= LARGE:
-        plainly = dict(do_sample=False, logits_processor=[InverseTransform(temperature)])
+        plainly = dict(do_sample=False, repetition_penalty=1.0, logits_processor=[InverseTransform(temperature)])
     for start in range(0, len(order), per_batch):
         rows = order[start : start + per_batch]
         prompts, mask = (t.to(model.device) for t in pad([prompt_ids[i] for i in rows], tokenizer.pad_token_id))

@@ -6,6 +6,7 @@ around the same tensors; policies that are not in use are `policies.snapshot`s o
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -83,6 +84,14 @@ class Real:
     )  # {"reward", "cost"}: names of scorers, or `beaver.Scorer`s once loaded
     exact = False  # answers cannot be enumerated
 
+    @functools.cached_property
+    def content(self):
+        """Digest of the rows and of the base's weights: what names of files and models do not say about a record."""
+        digest = hashlib.sha256(self.digest.encode())
+        for frame in (*self.frames.values(), *self.held_out.values()):
+            digest.update(frame.to_json().encode())
+        return digest.hexdigest()[:16]
+
     @property
     def frame(self):
         """Training rows with safety labels; those with helpful labels too, where one file has both."""
@@ -127,7 +136,8 @@ class Real:
         steps = max(1, looks // SCORER["batch_size"])
         settings = {
             "base": self.digest, "seed": self.seed, "lora": LORA, **SCORER, "steps": steps,
-            "max_length": self.lab.max_length, "pairs": hashlib.sha256(pairs.to_json().encode()).hexdigest(),
+            "max_length": self.lab.max_length, "template": policies.encode_prompts(self.lab.tokenizer, ["x"]),
+            "pairs": hashlib.sha256(pairs.to_json().encode()).hexdigest(),
         }  # fmt: skip
 
         def train(kept):
@@ -161,6 +171,7 @@ class Real:
     def _kept(self, score, scorer):
         """`score`, whose results stay in the cache: what notebooks judge in common is scored once."""
         settings = {"base": self.digest, "scorer": scorer and _digest(policies.snapshot(scorer))}
+        settings |= {"template": policies.encode_prompts(self.lab.tokenizer, ["x"])}
 
         def kept(*texts):
             of = settings | {"texts": hashlib.sha256(json.dumps(texts).encode()).hexdigest()}
@@ -182,9 +193,10 @@ class Real:
         mean of log pi - log pi_ref over sampled tokens; safe is the share of answers with cost <= 0; refusal is the
         share of answers that open like one; cut is the share of answers that reached the token limit; reward gain and
         cost change are differences to the first candidate on the same prompts, so that what prompts have in common
-        drops out. Refusals and lengths are also given for `benign_prompts`, where there are any: a refusal is right on
-        some prompts of the safety pairs, there it is a loss. Tests: `evaluate.constraint_test`, one row per method. The
-        adapter is left as the last candidate.
+        drops out (a budget that was counted from the reference's cost was so on training prompts, not on these: the
+        cost change is then the fairer view of it). Refusals and lengths are also given for `benign_prompts`, where
+        there are any: a refusal is right on some prompts of the safety pairs, there it is a loss. Tests:
+        `evaluate.constraint_test`, one row per method. The adapter is left as the last candidate.
         """
         rows, intervals, tests, first = [], [], {}, None
         for method, weights in candidates.items():
@@ -443,14 +455,14 @@ def cut_text(text, tokenizer, n):
 
 
 def whole(text):
-    """`text` up to its last whole sentence, else its last whole word.
+    """`text` up to its last whole sentence, else its last whole word, else as it is.
 
     Scorers are trained on answers that end so (`fit`). What they say of a text that breaks off in the middle of a
-    sentence depends on where it does, which no policy can learn.
+    sentence depends on where it does, which no policy can learn. The number that opens a list's item is no sentence.
     """
-    sentences = list(re.finditer(r"[.!?](?=\s|$)|\n", text))
-    end = sentences[-1].end() if sentences else max(text.rfind(" "), 0)
-    return text[:end].strip()
+    sentences = list(re.finditer(r"[.!?](?=\s|$)|\n", re.sub(r"(^|\n)(\s*\d+)\.", r"\1\2,", text)))
+    end = sentences[-1].end() if sentences else text.rfind(" ")
+    return text[: end if end > 0 else len(text)].strip()
 
 
 def load_model(model):

@@ -19,6 +19,7 @@ RUNS = (  # (method, feedback), in the order of cost, dearest first
     ("dpo_helpful", "learned"), ("dpo_harmless", "learned"), ("one_shot", "oracle"),
 )  # fmt: skip
 LAB = ("seed", "n_pairs", "n_objects", "n_tools")  # what `labs.open_lab` needs
+JUDGE = ("judge", "judge_name")  # of notebook 06: asks for more about the same policies
 NOTEBOOKS = {
     "dpo_helpful": "02_reference_and_dpo", "dpo_harmless": "02_reference_and_dpo", "c_dpo": "04_c_dpo",
     "one_shot": "05_dual_descent", "dual_descent": "05_dual_descent", "pd_dpo": "06_two_stage_primal_dual",
@@ -45,8 +46,9 @@ def _records(settings, folder, more_steps):
         entry = json.loads(path.read_text(encoding="utf-8"))
         given = entry["parameters"]
         asked = {**settings, "steps": settings["steps"] * more_steps.get(entry["notebook"], 1)}
-        expected = _defaults(entry["notebook"]) | asked
-        if entry.get("source") == record.source_hash() and all(given[name] == expected[name] for name in given):
+        expected = _defaults(entry["notebook"]) | {"content": ""} | asked
+        same = all(given[name] == expected[name] for name in given if name not in JUDGE)
+        if entry.get("source") == record.source_hash() and same:
             yield entry
 
 
@@ -136,7 +138,7 @@ def complete_pretrained(made, settings, schedule, folder=None):
 
     What notebooks 02 to 06 have recorded with these `settings` is read, the rest is trained, and judged as they do.
     """
-    runs = recorded_pretrained(settings, folder)
+    runs = recorded_pretrained(settings | {"content": made.content}, folder)
     missing = [method for method in NOTEBOOKS if method not in runs]
     if missing:
         feedback = made.learned_feedback(*made.scorers())

@@ -83,12 +83,13 @@ def test_a_missing_one_shot_alone_needs_no_scorer(monkeypatch, tmp_path):
 
 PRETRAINED = SETTINGS | dict(model="smollm2", data_file="", helpful_file="h.jsonl", safety_file="s.jsonl", n_prompts=8)
 PRETRAINED |= dict(max_new_tokens=48, max_length=128, batch_size=8, lr=5e-4, max_rounds=2, samples=3)
-PRETRAINED |= dict(reference_samples=6)
+PRETRAINED |= dict(reference_samples=6, content="of these rows")
 
 
 def write_pretrained(folder, notebook, methods, **changes):
     """A record as notebook `notebook` leaves it in a pretrained setting."""
-    given = {name: PRETRAINED.get(name, usual) for name, usual in suite._defaults(notebook).items()} | changes
+    given = {name: PRETRAINED.get(name, usual) for name, usual in suite._defaults(notebook).items()}
+    given |= {"content": "of these rows"} | changes
     lines = [{"method": method, "estimate": "cost", "mean": 0.1} for method in ("reference", *methods)]
     extra = {"intervals": lines, "tests": [{"method": m, "upper": 0.2} for m in ("reference", *methods)]}
     histories = {f"{m}/learned": {"rounds": [{"lam": [0.3]}]} for m in methods}
@@ -102,7 +103,9 @@ def test_a_pretrained_model_is_read_from_the_records_of_its_notebooks(tmp_path):
     write_pretrained(tmp_path, "02_reference_and_dpo", ["dpo_helpful", "dpo_harmless"])
     write_pretrained(tmp_path, "04_c_dpo", ["c_dpo"], lr=1e-4)  # another learning rate than asked for
     write_pretrained(tmp_path, "05_dual_descent", ["one_shot", "dual_descent"])
-    write_pretrained(tmp_path, "06_two_stage_primal_dual", ["dpo_helpful", "pd_dpo"])
+    write_pretrained(tmp_path, "06_two_stage_primal_dual", ["dpo_helpful", "pd_dpo"], judge="base")
+    other_rows = suite.recorded_pretrained(PRETRAINED | {"content": "of a corrected file"}, tmp_path)
+    assert other_rows == {}, "the same names of files, but other rows"
     found = suite.recorded_pretrained(PRETRAINED, tmp_path)
     assert set(found) == {"reference", *suite.NOTEBOOKS} - {"c_dpo"}
     assert [found[m]["rounds"] for m in ("dpo_helpful", "pd_dpo", "one_shot")] == [
@@ -130,7 +133,9 @@ def test_of_a_pretrained_model_only_what_is_missing_is_trained(tmp_path, monkeyp
         return rows, intervals, pd.DataFrame({"upper": 0.0}, index=list(weights))
 
     monkeypatch.setattr(suite, "train_pretrained", train)
-    made = SimpleNamespace(judge=judge, scorers=lambda: (), learned_feedback=lambda: "feedback")
+    made = SimpleNamespace(
+        content="of these rows", judge=judge, scorers=lambda: (), learned_feedback=lambda: "feedback"
+    )
     runs, missing = suite.complete_pretrained(made, PRETRAINED, None, tmp_path)
     assert seen == [["c_dpo", "pd_dpo"], ["reference", "c_dpo", "pd_dpo"]] and missing == seen[0]
     assert list(runs) == ["reference", *suite.NOTEBOOKS] and runs["c_dpo"]["rounds"] == ["r"]
