@@ -47,7 +47,22 @@ HARD = {  # methods that look at labels in the steps of a policy: the share of t
     "pecan": 2 / 3, "pd_dpo": 1.0,
 }  # fmt: skip
 SCORED = {"best_of_n", "repo", "safe_rlhf", "one_shot", "c_dpo", "dual_descent", "pecan", "pd_dpo"}  # by both scorers
-TUNED = {}
+TUNED = {  # chosen by the command above, on the validation world
+    "dpo_helpful": 2.0,
+    "dpo_harmless": 0.5,
+    "best_of_n": 16,
+    "safe_dpo": 0.0,
+    "modpo": 0.6,
+    "sacpo": 0.6,
+    "p_sacpo": 0.75,
+    "repo": 1.2,
+    "safe_rlhf": 0.01,
+    "pecan": 2.0,
+    "one_shot": 2.0,
+    "c_dpo": 1.0,
+    "dual_descent": 2.0,
+    "pd_dpo": 1.0,
+}
 CAUTIOUS = 4.0  # the multiplier that P-SACPO overshoots with before it merges
 REFERENCE_SAMPLES = 64  # answers per prompt, for methods that learn from the reference's own answers
 SAMPLES = 64  # answers per prompt in each estimate of the cost
