@@ -347,8 +347,9 @@ def equal_terms(axes, rows):
     axes[0].axvline(100, color=REFERENCE, linewidth=1, label="the reference")
     axes[1].axvline(0, color=BUDGET, linestyle="--", linewidth=1.5, label="budget")
     axes[1].set(xlabel="violation (spreads of the cost)", yticks=range(len(order)), yticklabels=[])
-    for ax in axes:
-        ax.legend(fontsize=8, loc="lower left")
+    axes[1].locator_params(axis="x", nbins=6)
+    for ax, place in zip(axes, ("lower left", "upper right"), strict=True):
+        ax.legend(fontsize=8, loc=place)
     return axes
 
 
