@@ -168,18 +168,31 @@ def _trainer(lab, policy, pairs, beta, schedule):
     )  # fmt: skip
 
 
-def dpo(lab, frame, beta, schedule):
-    """Plain DPO (arXiv:2305.18290) on a frame of prompt, chosen, rejected. Returns the policy and TRL's log history.
+def some_pairs(lab, frame, schedule):
+    """(rows, tokenised pairs with log pi_ref) of a frame of prompt, chosen, rejected.
 
     Of a frame with more rows than the schedule will look at, a random part is taken: the rest need not be tokenised.
     """
     if len(frame) > schedule.steps * schedule.batch_size:
         frame = frame.sample(schedule.steps * schedule.batch_size, random_state=schedule.seed)
-    pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
-    policy = lab.new_policy(schedule.seed)
-    trainer = _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)
+    pairs = trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected)
+    return frame, with_logps(lab, pairs)
+
+
+def train_once(lab, policy, pairs, beta, schedule, pref_prob=1.0):
+    """One DPO training of `policy`, in place, with its reference and its label probabilities; TRL's log history."""
+    trainer = _trainer(
+        lab, policy, set_column(pairs, "pref_prob", np.broadcast_to(pref_prob, len(pairs))), beta, schedule
+    )
     trainers.run_steps(trainer, schedule.steps, schedule.seed)
-    return policy, trainer.state.log_history
+    return trainer.state.log_history
+
+
+def dpo(lab, frame, beta, schedule):
+    """Plain DPO (arXiv:2305.18290) on a frame of prompt, chosen, rejected. Returns the policy and TRL's log history."""
+    _, pairs = some_pairs(lab, frame, schedule)
+    policy = lab.new_policy(schedule.seed)
+    return policy, train_once(lab, policy, pairs, beta, schedule)
 
 
 def preference_probability(scores, lam, labels, rng):

@@ -13,34 +13,18 @@ from cdpo_utils import algorithms, data, dual, trainers
 from cdpo_utils.algorithms import Feedback
 
 
-def _pairs(lab, frame, schedule):
-    """As many random rows of prompt, chosen, rejected as the schedule looks at, tokenised, with log pi_ref."""
-    looked_at = schedule.steps * schedule.batch_size
-    if len(frame) > looked_at:
-        frame = frame.sample(looked_at, random_state=schedule.seed)
-    return frame, algorithms.with_logps(
-        lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected)
-    )
-
-
 def shifted(pairs, shift, beta):
     """Pairs on which DPO's loss is -log sigmoid(margin - shift), shift (n,) in units of reward."""
     return algorithms.set_column(pairs, "ref_chosen_logps", np.asarray(pairs["ref_chosen_logps"][:]) + shift / beta)
 
 
-def _train(lab, policy, pairs, beta, schedule, pref_prob=1.0):
-    pairs = algorithms.set_column(pairs, "pref_prob", np.broadcast_to(pref_prob, len(pairs)))
-    trainer = algorithms._trainer(lab, policy, pairs, beta, schedule)
-    trainers.run_steps(trainer, schedule.steps, schedule.seed)
-    return policy
-
-
 def sacpo(lab, reward_policy, safety, lam, beta, schedule):
     """Stepwise alignment (arXiv:2404.11049, Theorem 1): pi_r = `reward_policy` is trained on, once, by DPO on safety
     pairs with reference pi_r and strength beta / lam. P-SACPO is `merged` of pi_r and the result."""
-    _, pairs = _pairs(lab, safety, schedule)
+    _, pairs = algorithms.some_pairs(lab, safety, schedule)
     pairs = algorithms.referring_to(lab, reward_policy, pairs)
-    return _train(lab, reward_policy, pairs, beta / lam, schedule)
+    algorithms.train_once(lab, reward_policy, pairs, beta / lam, schedule)
+    return reward_policy
 
 
 def merged(weights, others, share):
@@ -72,8 +56,10 @@ def safe_dpo(lab, frame, margin, beta, schedule):
     its constraint is that no answer is unsafe. Without the level term, which needs answers as their sampler drew them:
     here pairs of unsafe ones are gone."""
     schedule = dataclasses.replace(schedule, level=0.0)
-    frame, pairs = _pairs(lab, safe_dpo_pairs(frame), schedule)
-    return _train(lab, lab.new_policy(schedule.seed), shifted(pairs, margin * frame.guarded, beta), beta, schedule)
+    frame, pairs = algorithms.some_pairs(lab, safe_dpo_pairs(frame), schedule)
+    policy = lab.new_policy(schedule.seed)
+    algorithms.train_once(lab, policy, shifted(pairs, margin * frame.guarded, beta), beta, schedule)
+    return policy
 
 
 def modpo(lab, safe_policy, helpful, lam, beta, schedule):
@@ -82,11 +68,13 @@ def modpo(lab, safe_policy, helpful, lam, beta, schedule):
 
     The paper weighs the objectives by w and 1 - w: lam = (1 - w) / w, with the paper's beta = w times ours.
     """
-    _, pairs = _pairs(lab, helpful, schedule)
+    _, pairs = algorithms.some_pairs(lab, helpful, schedule)
     safer = algorithms.referring_to(lab, safe_policy, pairs)
     margin = [np.asarray(safer[name][:]) - np.asarray(pairs[name][:]) for name in trainers.REF_COLUMNS]
     pairs = shifted(pairs, lam * beta * (margin[0] - margin[1]), beta)
-    return _train(lab, lab.new_policy(schedule.seed), pairs, beta, schedule)
+    policy = lab.new_policy(schedule.seed)
+    algorithms.train_once(lab, policy, pairs, beta, schedule)
+    return policy
 
 
 def implicit_scores(lab, policy, samples, beta):
@@ -111,7 +99,9 @@ def pecan(lab, reward, cost, samples, improvement, beta, schedule):
     feedback = Feedback(lambda *_: reward.ravel(), lambda *_: cost.reshape(-1, 1), "learned")
     pairs, difference = algorithms.sampled_pairs(lab, samples, feedback, schedule.seed)
     p = algorithms.preference_probability(difference, solution.lam, "soft", None)
-    return _train(lab, lab.new_policy(schedule.seed), pairs, beta, schedule, p), float(solution.lam[0])
+    policy = lab.new_policy(schedule.seed)
+    algorithms.train_once(lab, policy, pairs, beta, schedule, p)
+    return policy, float(solution.lam[0])
 
 
 def safe_rlhf(lab, feedback, multiplier, beta, steps, batch_size, lr, seed, group=4):

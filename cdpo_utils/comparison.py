@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,7 @@ class Task:
     """One world with what every method starts from."""
 
     made: labs.Bench
-    truth: evaluate.Truth
+    feedback: algorithms.Feedback  # the learned reward and cost models
     beta: float
     budget: float
     steps: int  # of 64 pairs
@@ -87,28 +87,26 @@ class Task:
         steps, own = int(steps) // 2, self.made.optimiser | {"lr": self.made.optimiser["lr"] * rate}
         return Schedule(steps=steps, round_steps=steps // 2, seed=self.made.seed, **own)
 
-    @property
-    def feedback(self):
-        """The learned reward and cost models."""
-        return self.made.learned_feedback(*self.made.scorers())
-
     def drawn(self):
         """The reference's stored answers."""
         return self.made.lab.sample_reference(REFERENCE_SAMPLES, self.made.seed)
 
 
 def train(method, knob, task):
-    """One method: (policy, or log-probabilities (P, A) where there is none; multiplier or None; number of answers, of
-    reference or policy, that were scored)."""
+    """One method: (policy, or, where there is none, a function from a Truth to log-probabilities (P, A); multiplier or
+    None; number of answers, of reference or policy, that were scored)."""
     made, beta, budget, steps = task.made, task.beta, task.budget, task.steps
     lab = made.lab
     if method in ("dpo_helpful", "dpo_harmless"):
         pairs = made.helpful if method == "dpo_helpful" else made.safety
         return algorithms.dpo(lab, pairs, beta, task.hard(steps, knob))[0], None, 0
     if method == "best_of_n":
-        reward, costs = scoring.tables(made, task.feedback, task.truth)
-        score = baselines.within_budget(reward, costs[..., 0], budget)
-        return exact.best_of_n(task.truth.ref_logps, score, knob), None, knob * len(score)
+
+        def best(truth):
+            reward, costs = scoring.tables(made, task.feedback, truth)
+            return exact.best_of_n(truth.ref_logps, baselines.within_budget(reward, costs[..., 0], budget), knob)
+
+        return best, None, knob * len(lab.prompts)
     if method == "safe_dpo":
         return baselines.safe_dpo(lab, made.frame, knob, beta, task.hard(steps)), None, 0
     if method == "modpo":
@@ -174,12 +172,9 @@ def _sampled(descent):
 
 def run_one(method, knob, seed, settings):
     """One training, judged exactly on training and unseen prompts: a row of the comparison (JSON values)."""
-    settings = {"budget_from": "absolute"} | settings | {"seed": seed}
-    made, truths = suite.opened(settings)
-    budget = float(truths["train"].budget[0])
-    task = Task(made, truths["train"], settings["beta"], budget, settings["steps"])
-    for kind in labs.SCORERS:
-        made.scorer(kind)  # everyone's: no part of the seconds
+    made, truths = suite.opened(settings | {"seed": seed})
+    feedback = made.learned_feedback(*made.scorers())  # everyone's: no part of the seconds
+    task = Task(made, feedback, settings["beta"], float(truths["train"].budget[0]), settings["steps"])
     made.lab.cache.clear()  # nor is anyone given the reference's log-probabilities that another method needed, too
     started = time.time()
     policy, lam, answers = train(method, knob, task)
@@ -188,7 +183,7 @@ def run_one(method, knob, seed, settings):
     row |= {"answers": answers, "labels": round(looked_at)}
     for split, truth in truths.items():
         if method == "best_of_n":
-            found = evaluate.metrics(train(method, knob, replace(task, truth=truth))[0], truth)
+            found = evaluate.metrics(policy(truth), truth)
         else:
             found = made.evaluate(policy, truth)
         row |= found if split == "train" else {"gap_test": found["gap"], "violation_test": found["violation"]}
@@ -225,7 +220,7 @@ def tuned(seed, settings):
 def _fill(seed, settings):
     """The reference, then the scorers of a world into the cache, so that no two processes train the same one."""
     sizes = {name: settings[name] for name in ("n_objects", "n_tools")}
-    scoring.require_feasible(suite.opened({"budget_from": "absolute"} | settings | {"seed": seed})[1])
+    scoring.require_feasible(suite.opened(settings | {"seed": seed})[1])
     workers.side_by_side(labs.fill_cache, [(kind, seed, settings["n_pairs"], sizes) for kind in labs.SCORERS])
 
 
@@ -243,7 +238,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("build/comparison.json"))
     given = parser.parse_args(argv)
     names = ("n_pairs", "n_objects", "n_tools", "beta", "budget", "steps")
-    settings = {name: getattr(given, name) for name in names}
+    settings = {name: getattr(given, name) for name in names} | {"budget_from": "absolute"}
     started = time.time()
     try:
         tuning, rows = compare(given.methods, given.seeds, settings)

@@ -10,6 +10,8 @@ import numpy as np
 
 from cdpo_utils import exact
 
+LONGEST = 0.2  # step of `LogMultiplier`
+
 
 def dual_step(lam, violation, dual_lr):
     """[lam + dual_lr * violation]_+ : one projected (sub)gradient step on D, Algorithm 1 of arXiv:2505.19387. (m,)"""
@@ -107,7 +109,7 @@ class LogMultiplier:
         ln lam <- ln lam + dual_lr * lam * (mean cost of the last `window` batches - budget)
 
     Plain gradient steps, since Adam on a single number moves by its learning rate whatever the violation is. It stands
-    still for `delay` batches and stays within [1 / cap, cap]. Ours: ln lam moves by `longest` at most, because in time
+    still for `delay` batches and stays within [1 / cap, cap]. Ours: ln lam moves by LONGEST at most, because in time
     the step is d lam = dual_lr * violation * lam^2, which grows beyond all bounds before the window can show that the
     cost has fallen.
     """
@@ -118,7 +120,6 @@ class LogMultiplier:
     window: int = 8
     delay: int = 0
     cap: float = 100.0
-    longest: float = 0.2
     history: list = field(default_factory=list)  # a dict per batch: the batch's cost, and lam after it
 
     def update(self, cost):
@@ -128,7 +129,7 @@ class LogMultiplier:
         self.history.append({"cost": float(cost), "lam": self.lam})
         if len(self.history) > self.delay:
             recent = np.mean([batch["cost"] for batch in self.history[-self.window :]])
-            step = np.clip(self.dual_lr * self.lam * (recent - self.budget), -self.longest, self.longest)
+            step = np.clip(self.dual_lr * self.lam * (recent - self.budget), -LONGEST, LONGEST)
             self.lam = float(np.clip(self.lam * np.exp(step), 1 / self.cap, self.cap))
             self.history[-1]["lam"] = self.lam
         return self.lam

@@ -65,16 +65,15 @@ def select(folder, only, setting):
     if not file.exists():
         known = sorted({found.stem for found in folder.glob("params/*.yaml")} | {"bench"})
         raise NotUnderstood(f"--setting {setting}: no such setting; settings: {', '.join(known)}")
-    values = read_yaml(file)
-    refuse_unknown(
-        values, {name for path in paths for name in papermill.inspect_notebook(path)}, f"notebook, in {file},"
-    )
+    values, known = read_yaml(file), {path: papermill.inspect_notebook(path) for path in paths}
+    refuse_unknown(values, {name for names in known.values() for name in names}, f"notebook, in {file},")
     needed = {"model"} & values.keys() or values.keys()  # a setting of a model is nothing for notebooks without one
-    fitting = [path for path in chosen if needed & papermill.inspect_notebook(path).keys()]
+    fitting = [path for path in chosen if needed & known[path].keys()]
     if not fitting:
         raise NotUnderstood(f"--setting {setting}: none of these notebooks has parameters for it")
-    for path in set(chosen) - set(fitting):
-        print(f"skipped {path.stem}: not available in the setting {setting}")
+    for path in chosen:
+        if path not in fitting:
+            print(f"skipped {path.stem}: not available in the setting {setting}")
     return [(path, file) for path in fitting]
 
 

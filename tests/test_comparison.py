@@ -9,7 +9,7 @@ import pytest
 
 from cdpo_utils import comparison, suite, trainers
 
-SETTINGS = dict(n_pairs=600, n_objects=3, n_tools=3, beta=1.0, budget=0.0, steps=24)
+SETTINGS = dict(n_pairs=600, n_objects=3, n_tools=3, beta=1.0, budget=0.0, steps=24, budget_from="absolute")
 
 
 @pytest.fixture
@@ -74,6 +74,7 @@ def test_the_command_tunes_and_writes_its_rows(tmp_path):
     assert "best_of_n" in done.stdout and "modpo" in done.stdout
 
 
-def test_every_knob_has_three_values_and_no_test_seed_is_the_validation_seed():
+def test_every_knob_has_three_values_and_the_tuned_one_is_among_them():
     assert all(len(values) == 3 for _, values in comparison.KNOBS.values())
-    assert comparison.VALIDATION_SEED not in range(10) and set(suite.NOTEBOOKS) <= set(comparison.KNOBS)
+    assert set(suite.NOTEBOOKS) <= comparison.KNOBS.keys() == comparison.TUNED.keys()
+    assert all(value in comparison.KNOBS[method][1] for method, value in comparison.TUNED.items())
