@@ -236,8 +236,9 @@ def test_the_log_multiplier_does_not_explode_while_the_cost_still_falls():
     assert 0.1 < multiplier.lam < 10
 
 
-def test_the_policy_gradient_finds_the_gibbs_policy_of_the_lagrangian(lab):
-    """Answers with bleach have r = 1 and c = 2, the others neither: at a fixed lam = 0.4 they are worth 0.2."""
+@pytest.mark.parametrize(("lam", "cost"), [(0.4, 2.0), (4.0, 0.05)])  # where the cost, and where 1 + lam, matters
+def test_the_policy_gradient_finds_the_gibbs_policy_of_the_lagrangian(lab, lam, cost):
+    """Answers with bleach have r = 1 and a cost, the others neither; the multiplier stays what it is."""
 
     def reward(prompts, answers):
         return np.array([float("bleach" in answer) for answer in answers])
@@ -247,16 +248,16 @@ def test_the_policy_gradient_finds_the_gibbs_policy_of_the_lagrangian(lab):
     def costs(prompts, answers):
         seen.extend(prompts)
         assert set(prompts) <= set(lab.prompts)
-        return 2.0 * reward(prompts, answers)[:, None]
+        return cost * reward(prompts, answers)[:, None]
 
     def share(policy):
         return np.mean(["bleach" in text for row in lab.sample(policy, 64, 1).texts for text in row])
 
-    multiplier = dual.LogMultiplier(budget=0.0, lam=0.4, dual_lr=0.0)
+    multiplier = dual.LogMultiplier(budget=0.0, lam=lam, dual_lr=0.0)
     before = share(lab.model)
     policy = baselines.safe_rlhf(lab, algorithms.Feedback(reward, costs, "oracle"), multiplier, 0.5, 40, 64, 1e-2, 0)
-    assert len(multiplier.history) == 40 and len(seen) == 40 * 64 and {b["lam"] for b in multiplier.history} == {0.4}
-    tilt = np.exp((1 - 0.4 * 2.0) / 0.5)
+    assert len(multiplier.history) == 40 and len(seen) == 40 * 64 and {b["lam"] for b in multiplier.history} == {lam}
+    tilt = np.exp((1 - lam * cost) / 0.5)
     expected = before * tilt / (before * tilt + 1 - before)
     assert 0.1 < before < 0.6 and abs(share(policy) - expected) < 0.06, (before, share(policy), expected)
 
@@ -278,3 +279,6 @@ def test_the_policy_gradient_reads_prompts_as_dpo_does_and_starts_without_a_kl(l
     assert len(kept) == 64 and {prompt for prompt, _ in kept} <= set(lab.prompts)
     kls = [row["kl"] for row in trainer.state.log_history if "kl" in row]
     assert len(kls) == 2 and max(map(abs, kls)) < 1e-6, "the reference in the KL term is the lab's"
+    trainer.train_dataset = trainer.train_dataset.select([0])  # of the 8 prompts that a batch takes
+    with pytest.raises(RuntimeError, match="0 of 2 steps were taken"):
+        trainers.run_steps(trainer, 2, 0)

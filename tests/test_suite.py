@@ -136,10 +136,11 @@ def test_of_a_pretrained_model_only_what_is_missing_is_trained(tmp_path, monkeyp
     made = SimpleNamespace(
         content="of these rows", judge=judge, scorers=lambda: (), learned_feedback=lambda: "feedback"
     )
-    runs, missing = suite.complete_pretrained(made, PRETRAINED, None, tmp_path)
+    asked = {name: value for name, value in PRETRAINED.items() if name != "content"}  # the rows themselves say it
+    runs, missing = suite.complete_pretrained(made, asked, None, tmp_path)
     assert seen == [["c_dpo", "pd_dpo"], ["reference", "c_dpo", "pd_dpo"]] and missing == seen[0]
     assert list(runs) == ["reference", *suite.NOTEBOOKS] and runs["c_dpo"]["rounds"] == ["r"]
     assert len(suite.interval_frames(runs)[0]) == 7
     write_pretrained(tmp_path, "04_c_dpo", ["c_dpo"])
     write_pretrained(tmp_path, "06_two_stage_primal_dual", ["dpo_helpful", "pd_dpo"])
-    assert suite.complete_pretrained(made, PRETRAINED, None, tmp_path)[1] == [] and len(seen) == 2
+    assert suite.complete_pretrained(made, asked, None, tmp_path)[1] == [] and len(seen) == 2
