@@ -161,10 +161,10 @@ def set_column(dataset, name, values):
     return dataset.add_column(name, np.asarray(values, float))
 
 
-def _trainer(lab, policy, pairs, beta, schedule):
+def _trainer(lab, policy, pairs, beta, schedule, **loss):
     return trainers.preference_trainer(
         policy, lab.tokenizer, pairs, beta, schedule.batch_size, schedule.lr, schedule.seed, schedule.level,
-        lab.max_length,
+        lab.max_length, **loss,
     )  # fmt: skip
 
 
@@ -179,11 +179,10 @@ def some_pairs(lab, frame, schedule):
     return frame, with_logps(lab, pairs)
 
 
-def train_once(lab, policy, pairs, beta, schedule, pref_prob=1.0):
+def train_once(lab, policy, pairs, beta, schedule, pref_prob=1.0, **loss):
     """One DPO training of `policy`, in place, with its reference and its label probabilities; TRL's log history."""
-    trainer = _trainer(
-        lab, policy, set_column(pairs, "pref_prob", np.broadcast_to(pref_prob, len(pairs))), beta, schedule
-    )
+    pairs = set_column(pairs, "pref_prob", np.broadcast_to(pref_prob, len(pairs)))
+    trainer = _trainer(lab, policy, pairs, beta, schedule, **loss)
     trainers.run_steps(trainer, schedule.steps, schedule.seed)
     return trainer.state.log_history
 

@@ -1,4 +1,4 @@
-"""What the papers compare with: SACPO and its merged form, SafeDPO, MODPO, PeCAN, RePO's penalty, best of n.
+"""What the papers compare with: SACPO and its merged form, SafeDPO, BFPO, MODPO, PeCAN, RePO's penalty, best of n.
 
 Each trains on a `Lab` as `algorithms` do and returns a policy. A loss that takes a constant of the pair from DPO's
 margin needs no trainer of its own: it is DPO with another reference log-probability (`shifted`).
@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 from peft import PeftModel
 
-from cdpo_utils import algorithms, data, dual, trainers
+from cdpo_utils import algorithms, data, dual, losses, trainers
 from cdpo_utils.algorithms import Feedback
 
 
@@ -42,13 +42,18 @@ def safe_dpo_pairs(frame):
     prompt, chosen, rejected, guarded. An unsafe winner changes places with a safe loser, a pair of two unsafe answers
     is dropped; guarded is 1 where a safe answer now stands against an unsafe one, else 0."""
     pairs = data.preference_pairs(frame, "helpful")
-    data.require(frame, "signs", "SafeDPO")
-    first = (frame.better_response_id == 0).to_numpy()
-    safe = frame[["is_response_0_safe", "is_response_1_safe"]].to_numpy(bool)
-    winner, loser = np.where(first, safe.T, safe.T[::-1])
+    winner, loser = _safe_sides(frame, "SafeDPO")
     swap = ~winner & loser
     pairs.loc[swap, ["chosen", "rejected"]] = pairs.loc[swap, ["rejected", "chosen"]].to_numpy()
     return pairs.assign(guarded=(winner != loser).astype(float))[winner | loser].reset_index(drop=True)
+
+
+def _safe_sides(frame, method):
+    """Whether the more helpful answer of each row is safe, and whether the other one is: two (n,)."""
+    data.require(frame, "signs", method)
+    first = (frame.better_response_id == 0).to_numpy()
+    safe = frame[["is_response_0_safe", "is_response_1_safe"]].to_numpy(bool)
+    return np.where(first, safe.T, safe.T[::-1])
 
 
 def safe_dpo(lab, frame, margin, beta, schedule):
@@ -59,6 +64,32 @@ def safe_dpo(lab, frame, margin, beta, schedule):
     frame, pairs = algorithms.some_pairs(lab, safe_dpo_pairs(frame), schedule)
     policy = lab.new_policy(schedule.seed)
     algorithms.train_once(lab, policy, shifted(pairs, margin * frame.guarded, beta), beta, schedule)
+    return policy
+
+
+BFPO_WEIGHTS = 3.0, 0.5, 0.5  # B1, B3 = 1 / (B1 - 1) and alpha, as in the paper
+
+
+def bfpo_preference(frame):
+    """BFPO's label (arXiv:2408.15313) of helpful pairs as the probability that `losses.ipo_loss` takes, (n,).
+
+    Its loss is (log-ratio - (B1 B3 s_w - B3 s_l - alpha) / beta)^2 with s = 1 for a safe answer; the bracket is 1 for a
+    safe winner against an unsafe loser, 1/2 for two safe answers, -1/2 for two unsafe ones, -1 for an unsafe winner.
+    """
+    winner, loser = _safe_sides(frame, "BFPO")
+    b1, b3, alpha = BFPO_WEIGHTS
+    return (1 + b1 * b3 * winner - b3 * loser - alpha) / 2
+
+
+def bfpo(lab, frame, beta, schedule):
+    """BFPO (arXiv:2408.15313): regression of the log-ratio on a label that ranks safety before helpfulness.
+
+    It has no budget, and its `beta` is no price of a KL term in units of reward: a label says which, not by how much.
+    """
+    rows, pairs = algorithms.some_pairs(lab, data.preference_pairs(frame, "helpful"), schedule)
+    policy = lab.new_policy(schedule.seed)
+    p = bfpo_preference(frame)[rows.index]
+    algorithms.train_once(lab, policy, pairs, beta, schedule, p, pair_loss=losses.ipo_loss)
     return policy
 
 

@@ -1,10 +1,11 @@
 """Every method on the same terms, on the bench: the same labels, the same number of pairs looked at, one knob each.
 
-    python -m cdpo_utils.comparison --seeds 0 1 2 --steps 600 --out build/comparison.json
+    python -m cdpo_utils.comparison --seeds 0 1 2 --steps 600 --out build/comparison
 
 `steps` optimiser steps of 64 pairs are what each policy may be trained for, in all stages and rounds together; a step
 on sampled answers takes two in the place of a pair. The knob of each method has three values, of which the one with the
-smallest gap on a validation world is taken; the test worlds have other rewards, costs and labels.
+smallest gap on a validation world is taken; the test worlds have other rewards, costs and labels. With several numbers
+of steps knobs are chosen at the largest. What a paper recommends for a knob (PAPERS) is run beside the chosen value.
 
 Feedback is learned for all: scorers where a method needs them, trained on one pass over all labels, which is more than
 the steps of a method without scorers look at. Each row says how many labels its method has looked at (`labels`), and
@@ -15,12 +16,27 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
-from cdpo_utils import algorithms, baselines, dual, evaluate, exact, labs, policies, scoring, suite, workers
+from cdpo_utils import (
+    algorithms,
+    baselines,
+    dual,
+    evaluate,
+    exact,
+    labs,
+    plots,
+    policies,
+    scoring,
+    suite,
+    sweep,
+    workers,
+)
 from cdpo_utils.algorithms import Schedule
 
 VALIDATION_SEED = 100
@@ -31,6 +47,7 @@ KNOBS = {  # method: (name of the knob, its values)
     "dpo_harmless": ("rate", RATES),
     "best_of_n": ("n", (4, 16, 64)),
     "safe_dpo": ("margin", (0.0, 1.0, 4.0)),
+    "bfpo": ("rate", RATES),
     "modpo": ("lam", LAMBDAS),
     "sacpo": ("lam", LAMBDAS),
     "p_sacpo": ("share", (0.25, 0.5, 0.75)),
@@ -43,8 +60,8 @@ KNOBS = {  # method: (name of the knob, its values)
     "pd_dpo": ("rate", RATES),
 }
 HARD = {  # methods that look at labels in the steps of a policy: the share of these steps
-    "dpo_helpful": 1.0, "dpo_harmless": 1.0, "safe_dpo": 1.0, "modpo": 1.0, "sacpo": 1.0, "p_sacpo": 1.0,
-    "pecan": 2 / 3, "pd_dpo": 1.0,
+    "dpo_helpful": 1.0, "dpo_harmless": 1.0, "safe_dpo": 1.0, "bfpo": 1.0, "modpo": 1.0, "sacpo": 1.0,
+    "p_sacpo": 1.0, "pecan": 2 / 3, "pd_dpo": 1.0,
 }  # fmt: skip
 SCORED = {"best_of_n", "repo", "safe_rlhf", "one_shot", "c_dpo", "dual_descent", "pecan", "pd_dpo"}  # by both scorers
 TUNED = {  # chosen by the command above, on the validation world
@@ -52,6 +69,7 @@ TUNED = {  # chosen by the command above, on the validation world
     "dpo_harmless": 0.5,
     "best_of_n": 16,
     "safe_dpo": 0.0,
+    "bfpo": 1.0,
     "modpo": 0.6,
     "sacpo": 0.6,
     "p_sacpo": 0.75,
@@ -62,6 +80,13 @@ TUNED = {  # chosen by the command above, on the validation world
     "c_dpo": 1.0,
     "dual_descent": 2.0,
     "pd_dpo": 1.0,
+}
+PAPERS = {  # values that papers recommend for a knob, where they name one and its unit is ours
+    "safe_dpo": 10.0,  # arXiv:2505.20065
+    "sacpo": 4.0,  # arXiv:2404.11049: beta / lam = 0.025 at beta = 0.1, the middle of its grid
+    "p_sacpo": 0.25,  # the same: q = 0.75 of the weights are the cautious policy's
+    "modpo": 1.0,  # arXiv:2310.03708: w = 0.5, the middle of its grid, is lam = (1 - w) / w
+    "safe_rlhf": 0.01,  # arXiv:2310.12773, first round
 }
 CAUTIOUS = 4.0  # the multiplier that P-SACPO overshoots with before it merges
 REFERENCE_SAMPLES = 64  # answers per prompt, for methods that learn from the reference's own answers
@@ -92,37 +117,49 @@ class Task:
         return self.made.lab.sample_reference(REFERENCE_SAMPLES, self.made.seed)
 
 
+@dataclass
+class Trained:
+    """What a method ends with."""
+
+    policy: object  # a model; where there is none, a function from a Truth to log-probabilities (P, A)
+    lam: float | None = None
+    answers: int = 0  # of reference or policy, that were scored
+    path: list = field(default_factory=list)  # [share of the loop's optimiser steps, multiplier, estimated cost]
+
+
 def train(method, knob, task):
-    """One method: (policy, or, where there is none, a function from a Truth to log-probabilities (P, A); multiplier or
-    None; number of answers, of reference or policy, that were scored)."""
+    """One method, as `Trained`."""
     made, beta, budget, steps = task.made, task.beta, task.budget, task.steps
     lab = made.lab
     if method in ("dpo_helpful", "dpo_harmless"):
         pairs = made.helpful if method == "dpo_helpful" else made.safety
-        return algorithms.dpo(lab, pairs, beta, task.hard(steps, knob))[0], None, 0
+        return Trained(algorithms.dpo(lab, pairs, beta, task.hard(steps, knob))[0])
     if method == "best_of_n":
 
         def best(truth):
             reward, costs = scoring.tables(made, task.feedback, truth)
             return exact.best_of_n(truth.ref_logps, baselines.within_budget(reward, costs[..., 0], budget), knob)
 
-        return best, None, knob * len(lab.prompts)
+        return Trained(best, answers=knob * len(lab.prompts))
     if method == "safe_dpo":
-        return baselines.safe_dpo(lab, made.frame, knob, beta, task.hard(steps)), None, 0
+        return Trained(baselines.safe_dpo(lab, made.frame, knob, beta, task.hard(steps)))
+    if method == "bfpo":
+        return Trained(baselines.bfpo(lab, made.frame, beta, task.hard(steps, knob)))
     if method == "modpo":
         safe, _ = algorithms.dpo(lab, made.safety, beta, task.hard(steps / 2))
-        return baselines.modpo(lab, safe, made.helpful, knob, beta, task.hard(steps / 2)), knob, 0
+        return Trained(baselines.modpo(lab, safe, made.helpful, knob, beta, task.hard(steps / 2)), knob)
     if method in ("sacpo", "p_sacpo"):
         pi_r, _ = algorithms.dpo(lab, made.helpful, beta, task.hard(steps / 2))
         helpful, lam = policies.snapshot(pi_r), knob if method == "sacpo" else CAUTIOUS
         policy = baselines.sacpo(lab, pi_r, made.safety, lam, beta, task.hard(steps / 2))
         if method == "p_sacpo":
             policies.restore(policy, baselines.merged(helpful, policies.snapshot(policy), knob))
-        return policy, lam, 0
+        return Trained(policy, lam)
     if method == "safe_rlhf":
         multiplier = dual.LogMultiplier(budget, lam=1.0, dual_lr=knob, delay=20)
         policy = baselines.safe_rlhf(lab, task.feedback, multiplier, beta, steps, 128, 3e-3, made.seed)
-        return policy, multiplier.lam, 128 * steps
+        path = [[(k + 1) / steps, batch["lam"], batch["cost"]] for k, batch in enumerate(multiplier.history)]
+        return Trained(policy, multiplier.lam, 128 * steps, path)
     if method == "c_dpo":
         frame = made.frame.head(20_000)
         pairs = frame.assign(chosen=frame.response_0, rejected=frame.response_1)
@@ -130,14 +167,14 @@ def train(method, knob, task):
             lab, pairs, task.feedback, budget, beta, task.soft(steps / 2, knob), samples=SAMPLES, lam=1.0, max_rounds=3,
             tolerance=0.0,
         )  # fmt: skip
-        return policy, float(descent.lam[0]), _sampled(descent)
+        return _of_descent(policy, descent)
     if method == "pd_dpo":
         pi_r, _ = algorithms.dpo(lab, made.helpful, beta, task.hard(steps / 3, knob))
         policy, descent = algorithms.pd_dpo(
             lab, pi_r, made.safety.head(60_000), task.feedback, budget, beta, task.hard(steps / 3, knob),
             samples=SAMPLES, max_rounds=3, tolerance=0.0,
         )  # fmt: skip
-        return policy, float(descent.lam[0]), _sampled(descent)
+        return _of_descent(policy, descent)
     drawn = task.drawn()
     stored = REFERENCE_SAMPLES * len(lab.prompts)
     if method == "pecan":
@@ -148,7 +185,7 @@ def train(method, knob, task):
         improvement = dual.prompt_mean(task.feedback.on(drawn)[1])[0] - budget  # its own costs have no zero
         last = task.soft(steps / 3, knob)
         policy, lam = baselines.pecan(lab, scores[0], -scores[1], drawn, improvement, beta, last)
-        return policy, lam, stored
+        return Trained(policy, lam, stored)
     feedback = baselines.rectified(task.feedback, budget) if method == "repo" else task.feedback
     if method in ("repo", "one_shot"):
         lam = knob if method == "repo" else algorithms.starting_lam(feedback.on(drawn), beta, budget)
@@ -156,18 +193,26 @@ def train(method, knob, task):
         policy, descent = algorithms.dual_descent(
             lab, drawn, feedback, budget, beta, schedule, samples=2, lam=lam, max_rounds=1
         )
-        return policy, float(descent.lam[0]), stored
+        return Trained(policy, float(descent.lam[0]), stored)
     if method == "dual_descent":
         policy, descent = algorithms.dual_descent(
             lab, drawn, feedback, budget, beta, task.soft(steps / 2, knob), samples=SAMPLES, dual_lr=0.5, max_rounds=3,
             lam=algorithms.starting_lam(feedback.on(drawn), beta, budget), tolerance=0.0,
         )  # fmt: skip
-        return policy, float(descent.lam[0]), stored + _sampled(descent)
+        return _of_descent(policy, descent, stored)
     raise ValueError(f"method {method!r}; expected one of {', '.join(KNOBS)}")
 
 
-def _sampled(descent):
-    return sum(r["samples"] for r in descent.rounds)
+def _of_descent(policy, descent, stored=0):
+    done = np.cumsum([r["steps"] for r in descent.rounds]) / descent.steps
+    path = [[float(share), r["lam"][0], r["cost"][0]] for share, r in zip(done, descent.rounds, strict=True)]
+    return Trained(policy, float(descent.lam[0]), stored + sum(r["samples"] for r in descent.rounds), path)
+
+
+def swing(path):
+    """Largest less smallest multiplier over the second half of a path, in units of the multiplier's mean there."""
+    lam = [value for share, value, _ in path if share > 0.5]
+    return float((max(lam) - min(lam)) / np.mean(lam))
 
 
 def run_one(method, knob, seed, settings):
@@ -177,26 +222,43 @@ def run_one(method, knob, seed, settings):
     task = Task(made, feedback, settings["beta"], float(truths["train"].budget[0]), settings["steps"])
     made.lab.cache.clear()  # nor is anyone given the reference's log-probabilities that another method needed, too
     started = time.time()
-    policy, lam, answers = train(method, knob, task)
+    done = train(method, knob, task)
     looked_at = 64 * task.steps * HARD.get(method, 0) + 2 * settings["n_pairs"] * (method in SCORED)
-    row = {"method": method, "knob": knob, "seed": seed, "lam": lam, "seconds": time.time() - started}
-    row |= {"answers": answers, "labels": round(looked_at)}
+    row = {"method": method, "knob": knob, "seed": seed, "steps": settings["steps"], "lam": done.lam}
+    row |= {"seconds": time.time() - started, "answers": done.answers, "labels": round(looked_at), "path": done.path}
     for split, truth in truths.items():
         if method == "best_of_n":
-            found = evaluate.metrics(policy(truth), truth)
+            found = evaluate.metrics(done.policy(truth), truth)
         else:
-            found = made.evaluate(policy, truth)
+            found = made.evaluate(done.policy, truth)
         row |= found if split == "train" else {"gap_test": found["gap"], "violation_test": found["violation"]}
-    return row | {"spread": float(evaluate.spread(truths["train"])[0])}
+    truth = truths["train"]
+    best = float(exact.expectation(truth.optimum.logps, truth.reward))
+    row |= {"reward_lost": best - row["reward"], "optimal_lam": float(truth.optimum.lam[0])}
+    return row | {"spread": float(evaluate.spread(truth)[0])}
 
 
-def compare(methods, seeds, settings):
-    """Tune each method's knob on the validation world, then run it on every test seed: (tuning rows, test rows).
+def frontier(seed, settings, points=60):
+    """The exact trade-off of a world on its training prompts, as its rows measure it: [{seed, lam, violation in spreads
+    of the cost, reward_lost to the constrained optimum}, ...]."""
+    truth = suite.opened(settings | {"seed": seed})[1]["train"]
+    lams = np.linspace(0, 4 * truth.optimum.lam[0] + 1, points)
+    curve = exact.pareto(truth.ref_logps, truth.reward, truth.costs, truth.beta, lams)
+    best, spread = exact.expectation(truth.optimum.logps, truth.reward), evaluate.spread(truth)[0]
+    violation, lost = (curve["cost"] - truth.budget[0]) / spread, best - curve["reward"]
+    named = zip(lams.tolist(), violation.tolist(), lost.tolist(), strict=True)
+    return [{"seed": seed, "lam": lam, "violation": v, "reward_lost": loss} for lam, v, loss in named]
+
+
+def compare(methods, seeds, settings, steps):
+    """Tune each method's knob on the validation world at the largest of `steps`, then run it on every test seed, with
+    each of `steps`, and with what its paper recommends: (tuning rows, test rows, rows of PAPERS, frontiers).
 
     Raises ValueError where a test seed is the validation seed, or where no policy meets the budget in a world.
     """
     if VALIDATION_SEED in seeds:
         raise ValueError(f"seed {VALIDATION_SEED} is the validation world, on which knobs are chosen; expected others")
+    settings = settings | {"steps": max(steps)}
     tried = [(method, value, VALIDATION_SEED, settings) for method in methods for value in KNOBS[method][1]]
     _fill(VALIDATION_SEED, settings)
     tuning = workers.side_by_side(run_one, tried)
@@ -204,11 +266,15 @@ def compare(methods, seeds, settings):
         method: min((row for row in tuning if row["method"] == method), key=lambda row: row["gap"])["knob"]
         for method in methods
     }
-    rows = []
+    rows, papers, frontiers = [], [], []
     for seed in seeds:
         _fill(seed, settings)
-        rows += workers.side_by_side(run_one, [(method, best[method], seed, settings) for method in methods])
-    return tuning, rows
+        calls = [(method, best[method], seed, settings | {"steps": n}) for n in steps for method in methods]
+        others = [(method, PAPERS[method], seed, settings) for method in methods if method in PAPERS]
+        done = workers.side_by_side(run_one, calls + others)
+        rows, papers = rows + done[: len(calls)], papers + done[len(calls) :]
+        frontiers += frontier(seed, settings)
+    return tuning, rows, papers, frontiers
 
 
 def tuned(seed, settings):
@@ -229,33 +295,59 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.comparison", description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=list(KNOBS), choices=list(KNOBS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=600, help="of 64 pairs, for each method in all")
+    parser.add_argument("--steps", nargs="+", type=int, default=[600], help="of 64 pairs, for each method in all")
     parser.add_argument("--beta", type=float, default=1.0)
     parser.add_argument("--budget", type=float, default=0.0)
     parser.add_argument("--n-pairs", type=int, default=120_000)
     parser.add_argument("--n-objects", type=int, default=8)
     parser.add_argument("--n-tools", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("build/comparison.json"))
+    parser.add_argument("--out", type=Path, default=Path("build/comparison"), help="folder of the rows and figures")
     given = parser.parse_args(argv)
-    names = ("n_pairs", "n_objects", "n_tools", "beta", "budget", "steps")
+    names = ("n_pairs", "n_objects", "n_tools", "beta", "budget")
     settings = {name: getattr(given, name) for name in names} | {"budget_from": "absolute"}
     started = time.time()
     try:
-        tuning, rows = compare(given.methods, given.seeds, settings)
+        tuning, rows, papers, frontiers = compare(given.methods, given.seeds, settings, given.steps)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    result = {"settings": settings, "knobs": KNOBS, "tuning": tuning, "rows": rows, "seconds": time.time() - started}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    for method in given.methods:
-        mine = [row for row in rows if row["method"] == method]
-        gaps, violations = [row["gap"] for row in mine], [row["violation"] / row["spread"] for row in mine]
-        print(f"{method:14s} {KNOBS[method][0]} {mine[0]['knob']:<5} gap % {np.round(gaps, 2).tolist()} "
-              f"violation in spreads {np.round(violations, 3).tolist()} labels {mine[0]['labels']} "
-              f"answers {mine[0]['answers']}")  # fmt: skip
+    result = {"settings": settings, "knobs": KNOBS, "seconds": time.time() - started}
+    result |= {"tuning": tuning, "rows": rows, "papers": papers, "frontiers": frontiers}
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "comparison.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(table(rows + papers).to_string(index=False))
+    draw(rows, tuning, frontiers, given.out)
     print(f"{time.time() - started:.0f} s; {given.out}")
     return 0
+
+
+def table(rows):
+    """Rows over seeds: gap in percent and violation in spreads of the cost, mean and half-width of its 95 % interval
+    (Student's t), one line per method, knob and steps; the smallest gap first."""
+    frame = pd.DataFrame(rows).assign(spreads=lambda row: row.violation / row.spread)
+    lines = []
+    for (method, knob, steps), mine in frame.groupby(["method", "knob", "steps"], sort=False):
+        line = {"method": method, "knob": f"{KNOBS[method][0]} {knob:g}", "steps": steps, "seeds": len(mine)}
+        for name, column in (("gap", "gap"), ("gap test", "gap_test"), ("violation", "spreads")):
+            line[name], line[f"{name} ±"] = mine[column].mean(), sweep.half_width(mine[column])
+        worst = mine.spreads.abs().max()
+        lines.append(
+            line | {"worst |violation|": worst, "labels": mine.labels.iloc[0], "answers": mine.answers.iloc[0]}
+        )
+    return pd.DataFrame(lines).sort_values(["steps", "gap"], ascending=[False, True]).round(3)
+
+
+def draw(rows, tuning, frontiers, folder):
+    """The figures as PNG, the data of each as CSV under the same name. Returns nothing."""
+    most = [row for row in rows if row["steps"] == max(row["steps"] for row in rows)]
+    for name, function, data in (
+        ("gaps", plots.equal_terms, [most]), ("plane", plots.equal_plane, [most, frontiers]),
+        ("compute", plots.gap_against_compute, [rows]), ("multipliers", plots.multiplier_paths, [most, tuning]),
+    ):  # fmt: skip
+        fig, axes = plt.subplots(1, 1 if name in ("plane", "compute") else 2, figsize=(10, 4.6))
+        function(axes, *data)
+        fig.tight_layout()
+        plots.save(fig, folder / name)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,13 @@ def soft_dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, 
     return F.binary_cross_entropy_with_logits(margin, pref_prob.to(margin.dtype), reduction="none")
 
 
+def ipo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, pref_prob):
+    """(margin - (2 p - 1))^2 with p = P(chosen preferred) in [0, 1], no gradient: beta^2 times IPO's regression, Eq. 17
+    of arXiv:2310.12036, where p is 1, and its expectation over labels drawn from p up to 4 p (1 - p), a constant."""
+    margin = dpo_margin(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
+    return (margin - (2 * pref_prob.to(margin.dtype) - 1)) ** 2
+
+
 def rearranged_lagrangian_loss(
     policy_safer_logps, policy_riskier_logps, ref_safer_logps, ref_riskier_logps, pi_r_safer_logps, pi_r_riskier_logps,
     beta, lam,

@@ -4,10 +4,17 @@ import base64
 import html
 import io
 import itertools
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from IPython.display import HTML, display
+from matplotlib.collections import PathCollection
+from matplotlib.container import BarContainer
+from scipy.stats import f as fisher
+
+from cdpo_utils import record
 
 LAMBDA, BUDGET, OPTIMUM, REFERENCE = "#CC79A7", "#444444", "#000000", "#888888"
 METHOD_COLOURS = {  # Okabe and Ito's palette, readable with colour blindness
@@ -23,12 +30,44 @@ plt.rcParams.update({"figure.figsize": (6.4, 4.0), "figure.dpi": 100, "font.size
 
 
 def show(fig, alt):
-    """Display a figure with alternative text (an <img> with alt, which every HTML template keeps) and close it."""
+    """Display a figure with alternative text (an <img> with alt, which every HTML template keeps) and close it.
+
+    The data that it shows is written among the run's records as CSV, under a name made of the alternative text."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", bbox_inches="tight")
+    folder = record.records_dir() / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "-".join(re.findall("[a-z0-9]+", alt.lower())[:8])
+    plotted(fig).to_csv(folder / f"{name}.csv", index=False)
     plt.close(fig)
     data = base64.b64encode(buffer.getvalue()).decode()
     display(HTML(f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="max-width:100%">'))
+
+
+def save(fig, path):
+    """Write a figure as `path`.png and its data as `path`.csv, and close it."""
+    fig.savefig(path.with_suffix(".png"), bbox_inches="tight")
+    plotted(fig).to_csv(path.with_suffix(".csv"), index=False)
+    plt.close(fig)
+
+
+def plotted(fig):
+    """What a figure's lines, points and bars show: DataFrame [panel, label, x, y], in units of the axes' labels x_axis
+    and y_axis. Lines that span an axis have their ends there as 0 and 1."""
+    rows = []
+    for panel, ax in enumerate(fig.axes):
+        shown = [(line.get_label(), line.get_xydata()) for line in ax.lines]
+        shown += [(dots.get_label(), dots.get_offsets()) for dots in ax.collections if isinstance(dots, PathCollection)]
+        for bars in (group for group in ax.containers if isinstance(group, BarContainer)):
+            ends = [(b.get_x() + b.get_width(), b.get_y() + b.get_height() / 2) for b in bars]
+            upright = [(b.get_x() + b.get_width() / 2, b.get_y() + b.get_height()) for b in bars]
+            shown.append((bars.get_label(), ends if bars.orientation == "horizontal" else upright))
+        for label, points in shown:
+            label = "" if str(label).startswith("_") else str(label)
+            rows += [(panel, label, float(x), float(y)) for x, y in np.ma.filled(points, np.nan)]
+    table = pd.DataFrame(rows, columns=["panel", "label", "x", "y"])
+    names = {k: (ax.get_xlabel(), ax.get_ylabel()) for k, ax in enumerate(fig.axes)}
+    return table.assign(x_axis=[names[k][0] for k in table.panel], y_axis=[names[k][1] for k in table.panel])
 
 
 def budget_line(ax, budget, axis="x"):
@@ -350,6 +389,78 @@ def equal_terms(axes, rows):
     axes[1].locator_params(axis="x", nbins=6)
     for ax, place in zip(axes, ("lower left", "upper right"), strict=True):
         ax.legend(fontsize=8, loc=place)
+    return axes
+
+
+def equal_plane(ax, rows, frontiers):
+    """Each method's place relative to the optimum of its world, violation in spreads of the cost against reward, with
+    the exact trade-off of every world (`comparison.frontier`). With five seeds or more, the ellipse that holds the mean
+    over worlds with 95 % confidence (Hotelling)."""
+    frame = pd.DataFrame(rows).assign(x=lambda row: row.violation / row.spread, y=lambda row: -row.reward_lost)
+    for _, world in pd.DataFrame(frontiers).groupby("seed"):
+        ax.plot(world.violation, -world.reward_lost, color=OPTIMUM, linewidth=0.6, alpha=0.6)
+    ax.plot([], [], color=OPTIMUM, linewidth=0.6, label="exact Pareto curves")
+    colours = itertools.cycle(plt.get_cmap("tab20").colors)
+    for (method, mine), colour in zip(frame.groupby("method", sort=False), colours, strict=False):
+        colour = METHOD_COLOURS.get(method, colour)
+        ax.plot(mine.x, mine.y, METHOD_MARKERS.get(method, "o"), color=colour, markersize=5, label=method, alpha=0.8)
+        if len(mine) >= 5:
+            ax.plot(*confidence_ellipse(mine[["x", "y"]].to_numpy()).T, color=colour, linewidth=1.5)
+    ax.plot(0, 0, "*", color=OPTIMUM, markersize=14, label="constrained optimum")
+    ax.axvline(0, color=BUDGET, linestyle="--", linewidth=1.5, label="budget")
+    ax.set(xlabel="violation (spreads of the cost)", ylabel="reward less the optimum's (logits)")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return ax
+
+
+def confidence_ellipse(points, confidence=0.95, corners=100):
+    """The border (corners, 2) of Hotelling's confidence region of the mean of points (n, 2), n > 2."""
+    n = len(points)
+    radius = np.sqrt(2 * (n - 1) / (n * (n - 2)) * fisher.ppf(confidence, 2, n - 2))
+    values, vectors = np.linalg.eigh(np.cov(points.T))
+    angle = np.linspace(0, 2 * np.pi, corners)
+    circle = np.stack([np.cos(angle), np.sin(angle)], 1)
+    return points.mean(0) + radius * (circle * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def gap_against_compute(ax, rows):
+    """Gap against the optimiser steps of 64 pairs that each method may take, both log: geometric mean over worlds, and
+    the worlds themselves as points."""
+    frame = pd.DataFrame(rows)
+    colours = itertools.cycle(plt.get_cmap("tab20").colors)
+    for (method, mine), colour in zip(frame.groupby("method", sort=False), colours, strict=False):
+        colour, mean = METHOD_COLOURS.get(method, colour), np.exp(np.log(mine.gap).groupby(mine.steps).mean())
+        marker = METHOD_MARKERS.get(method, "o")
+        ax.plot(mean.index, mean, "-", marker=marker, color=colour, markeredgecolor="black", label=method)
+        ax.plot(mine.steps, mine.gap, ".", color=colour, markersize=3)
+    ax.set(xscale="log", yscale="log", xlabel="optimiser steps of 64 pairs, all stages together")
+    ax.set(ylabel="gap to the exact optimum (%)", xticks=sorted(set(frame.steps)))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return ax
+
+
+def multiplier_paths(axes, rows, others=()):
+    """Two axes: the multiplier of each loop in units of lambda*, over its share of the training; first `rows`, of the
+    loops with few rounds, then the policy gradient's with each value of its knob among `rows` and `others`."""
+    gradient = {row["knob"]: row for row in (*others, *rows) if row["method"] == "safe_rlhf"}
+    rounds = [row for row in rows if row["path"] and row["method"] != "safe_rlhf"]
+    seen = set()
+    for row in rounds:
+        share, lam, _ = np.transpose(row["path"])
+        new = row["method"] not in seen
+        seen.add(row["method"])
+        axes[0].plot(share, lam / row["optimal_lam"], color=METHOD_COLOURS[row["method"]], alpha=0.9,
+                     marker=METHOD_MARKERS[row["method"]], label=row["method"] if new else None)  # fmt: skip
+    for (knob, row), colour in zip(sorted(gradient.items()), itertools.cycle(["#0072B2", "#E69F00", "#D55E00"])):
+        share, lam, _ = np.transpose(row["path"])
+        axes[1].plot(share, lam / row["optimal_lam"], color=colour, linewidth=1, label=f"dual_lr {knob:g}")
+    for ax, title in zip(axes, ("dual loops of a few rounds", "policy gradient, a step per batch"), strict=True):
+        ax.axhline(1, color=OPTIMUM, linestyle=":", label="lambda*")
+        ax.set_title(title, fontsize=11)
+        ax.set(xlabel="share of the training", ylabel="multiplier (units of lambda*)")
+        ax.legend(fontsize=8)
     return axes
 
 

@@ -197,16 +197,22 @@ def collect(planned, folder):
     return pd.DataFrame(rows)
 
 
+def half_width(values, confidence=0.95):
+    """Half the width of Student's t interval around the mean of `values` (n,), a Series; NaN for a single one."""
+    n = len(values)
+    return student.ppf((1 + confidence) / 2, n - 1) * values.std() / n**0.5 if n > 1 else np.nan
+
+
 def over_seeds(rows, confidence=0.95):
     """Mean and half-width of Student's t interval over seeds, for each method and point of the grid; n is how many."""
     by = ["method", "feedback", "split", *sorted(c for c in rows if c.startswith("grid.") and c != "grid.seed")]
     table = []
     for key, group in rows.groupby(by, sort=False, dropna=False):
-        line, n = dict(zip(by, key, strict=True)) | {"n": len(group)}, len(group)
+        line = dict(zip(by, key, strict=True)) | {"n": len(group)}
         for name in MEASURED:
             values = group[name].astype(float)
             line[name] = values.mean()
-            line[f"{name} ±"] = student.ppf((1 + confidence) / 2, n - 1) * values.std() / n**0.5 if n > 1 else np.nan
+            line[f"{name} ±"] = half_width(values, confidence)
         table.append(line)
     return pd.DataFrame(table)
 

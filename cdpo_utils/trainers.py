@@ -162,7 +162,7 @@ def _answer_logps(model, ids, completion_mask):
 
 
 class PreferenceTrainer(DPOTrainer):
-    """DPO with a probability per pair (`losses.soft_dpo_loss`) and cached reference log-probabilities.
+    """DPO with a probability per pair (`losses.soft_dpo_loss`, or `pair_loss`) and cached reference log-probabilities.
 
     The dataset holds ref_chosen_logps, ref_rejected_logps, pref_prob and, where `level` > 0, the log-probabilities of
     both answers under the distribution they were drawn from (sampler_*_logps, see `losses.level_loss`).
@@ -170,9 +170,9 @@ class PreferenceTrainer(DPOTrainer):
     changed, between rounds or by the problem. Metrics keep TRL's names.
     """
 
-    def __init__(self, *args, level=0.0, **kwargs):
+    def __init__(self, *args, level=0.0, pair_loss=losses.soft_dpo_loss, **kwargs):
         super().__init__(*args, **kwargs)
-        self.level = level
+        self.level, self.pair_loss = level, pair_loss
         unsupported = {
             "loss_type": self.loss_types != ["sigmoid"], "ld_alpha": self.ld_alpha is not None,
             "f_divergence_type": self.f_divergence_type != "reverse_kl", "use_weighting": self.use_weighting,
@@ -196,7 +196,7 @@ class PreferenceTrainer(DPOTrainer):
         out, logps = _answer_logps(model, inputs["input_ids"], inputs["completion_mask"])
         policy_chosen, policy_rejected = logps.chunk(2)
         ref_chosen, ref_rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        per_pair = losses.soft_dpo_loss(
+        per_pair = self.pair_loss(
             policy_chosen, policy_rejected, ref_chosen, ref_rejected, self.beta, inputs["pref_prob"]
         )
         loss = per_pair.mean()
@@ -244,7 +244,9 @@ class PreferenceTrainer(DPOTrainer):
             metrics[name].append(value.mean().item())
 
 
-def preference_trainer(model, tokenizer, dataset, beta, batch_size, lr, seed, level=0.0, max_length=None):
+def preference_trainer(
+    model, tokenizer, dataset, beta, batch_size, lr, seed, level=0.0, max_length=None, pair_loss=losses.soft_dpo_loss
+):
     """A `PreferenceTrainer` over `pair_dataset` rows; train it, in one go or in rounds, with `run_steps`.
 
     Raises ValueError for a model that cannot keep the answers of a pair apart, see `_check_apart`.
@@ -253,8 +255,9 @@ def preference_trainer(model, tokenizer, dataset, beta, batch_size, lr, seed, le
     columns = REF_COLUMNS + (PAIR_COLUMNS if level > 0 else PAIR_COLUMNS[:1])
     collator = PairCollator(tokenizer.pad_token_id, columns, max_length)
     trainer = PreferenceTrainer(
-        model=model, args=args, processing_class=tokenizer, train_dataset=dataset, data_collator=collator, level=level
-    )
+        model=model, args=args, processing_class=tokenizer, train_dataset=dataset, data_collator=collator, level=level,
+        pair_loss=pair_loss,
+    )  # fmt: skip
     if isinstance(model, PeftModel):
         model.delete_adapter("ref")  # TRL's frozen copy of the adapter; the cached log-probabilities take its place
     trainer.remove_callback(PrinterCallback)

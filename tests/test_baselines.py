@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cdpo_utils import algorithms, baselines, bench, data, dual, exact, losses, policies, trainers
+from cdpo_utils import algorithms, baselines, bench, data, dual, exact, policies, trainers
 from cdpo_utils.algorithms import Schedule
 from cdpo_utils.bench import sigmoid
 from cdpo_utils.logprobs import response_logps
@@ -35,7 +35,7 @@ def handed(monkeypatch):
         p = torch.tensor(trainer.train_dataset["pref_prob"][:])
         reference = (column[name].double() for name in trainers.REF_COLUMNS)
         policy = (torch.from_numpy(x) for x in (chosen, rejected))
-        return losses.soft_dpo_loss(*policy, *reference, trainer.beta, p).numpy(), trainer.train_dataset.to_dict()
+        return trainer.pair_loss(*policy, *reference, trainer.beta, p).numpy(), trainer.train_dataset.to_dict()
 
     return loss
 
@@ -116,6 +116,25 @@ def test_safe_dpo_takes_the_margin_off(lab, frame, handed):
     ref = logps(lab.model, rows)
     margin = BETA * ((chosen - ref[0]) - (rejected - ref[1])) - 3.0 * pairs.guarded.to_numpy()
     assert np.allclose(loss, -np.log(sigmoid(margin)), atol=1e-4)
+
+
+def test_bfpo_is_the_papers_regression(lab, frame, handed):
+    baselines.bfpo(lab, frame, BETA, ALL)
+    chosen, rejected = draw()
+    loss, rows = handed(chosen, rejected)
+    ref = logps(lab.model, rows)
+    first = frame.better_response_id == 0
+    winner = np.where(first, frame.is_response_0_safe, frame.is_response_1_safe)
+    loser = np.where(first, frame.is_response_1_safe, frame.is_response_0_safe)
+    target = np.select([winner & ~loser, winner & loser, ~winner & ~loser], [1.0, 0.5, -0.5], -1.0)
+    by_hand = ((chosen - ref[0]) - (rejected - ref[1]) - target / BETA) ** 2
+    assert np.allclose(loss, BETA**2 * by_hand, atol=1e-4) and set(target) == {1.0, 0.5, -0.5, -1.0}
+    few = Schedule(steps=1, batch_size=16, lr=1e-2, level=0.0)  # a random part of the rows keeps its labels
+    baselines.bfpo(lab, frame, BETA, few)
+    part = handed(*draw(16))[1]
+    whole = dict(zip(map(str, zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)), target, strict=True))
+    taken = [whole[str(pair)] for pair in zip(part["chosen_ids"], part["rejected_ids"], strict=True)]
+    assert np.allclose(2 * np.array(part["pref_prob"]) - 1, taken) and len(taken) == 16
 
 
 def test_modpo_is_the_papers_loss_with_weights_that_sum_to_one(lab, frame, other, handed):

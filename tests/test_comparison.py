@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from cdpo_utils import comparison, suite, trainers
@@ -36,7 +37,12 @@ def test_each_method_spends_no_more_than_the_others(method, looked_at):
     row = comparison.run_one(method, value, 0, SETTINGS)
     assert sum(looked_at) == (0 if method == "best_of_n" else 24 * 64)
     assert row["knob"] == value and np.isfinite([row["gap"], row["reward"], row["cost"], row["spread"]]).all()
-    assert (row["lam"] is None) == (method in ("dpo_helpful", "dpo_harmless", "best_of_n", "safe_dpo"))
+    without = ("dpo_helpful", "dpo_harmless", "best_of_n", "safe_dpo", "bfpo")
+    assert (row["lam"] is None) == (method in without)
+    assert bool(row["path"]) == (method in ("safe_rlhf", "c_dpo", "dual_descent", "pd_dpo"))
+    if row["path"]:
+        share, lam, cost = np.transpose(row["path"])
+        assert (np.diff(share) > 0).all() and share[-1] == 1 and lam[-1] == row["lam"] and np.isfinite(cost).all()
     scorers = 2 * 600 if method in comparison.SCORED else 0
     assert row["labels"] - scorers == pytest.approx(24 * 64 * comparison.HARD.get(method, 0))
     assert (row["answers"] > 0) == (method in comparison.SCORED)
@@ -52,26 +58,53 @@ def test_the_knob_with_the_smallest_gap_on_the_validation_world_is_used(monkeypa
     asked = []
 
     def run_one(method, knob, seed, settings):
-        asked.append((method, knob, seed))
+        asked.append((method, knob, seed, settings["steps"]))
         return {"method": method, "knob": knob, "gap": abs(knob - 0.6)}
 
     monkeypatch.setattr(comparison, "_fill", lambda seed, settings: None)
     monkeypatch.setattr(comparison.workers, "side_by_side", lambda function, calls: [run_one(*call) for call in calls])
-    tuning, rows = comparison.compare(["modpo", "safe_dpo"], [0, 1], SETTINGS)
-    assert asked[:6] == [("modpo", v, 100) for v in (0.3, 0.6, 1.2)] + [("safe_dpo", v, 100) for v in (0.0, 1.0, 4.0)]
-    assert asked[6:] == [("modpo", 0.6, 0), ("safe_dpo", 1.0, 0), ("modpo", 0.6, 1), ("safe_dpo", 1.0, 1)]
-    assert len(tuning) == 6 and len(rows) == 4
+    monkeypatch.setattr(comparison, "frontier", lambda seed, settings: [{"seed": seed}])
+    tuning, rows, papers, frontiers = comparison.compare(["modpo", "safe_dpo"], [0, 1], SETTINGS, [8, 24])
+    tried = [("modpo", v, 100, 24) for v in (0.3, 0.6, 1.2)] + [("safe_dpo", v, 100, 24) for v in (0.0, 1.0, 4.0)]
+    assert asked[:6] == tried, "knobs are chosen at the most steps"
+    for seed, calls in ((0, asked[6:12]), (1, asked[12:])):
+        chosen = [(m, v, seed, n) for n in (8, 24) for m, v in (("modpo", 0.6), ("safe_dpo", 1.0))]
+        assert calls == [*chosen, ("modpo", 1.0, seed, 24), ("safe_dpo", 10.0, seed, 24)]
+    assert len(tuning) == 6 and len(rows) == 8 and len(papers) == 4 and frontiers == [{"seed": 0}, {"seed": 1}]
 
 
 @pytest.mark.slow
 def test_the_command_tunes_and_writes_its_rows(tmp_path):
-    sizes = ["--n-pairs", "600", "--n-objects", "3", "--n-tools", "3", "--steps", "8"]
-    command = [sys.executable, "-m", "cdpo_utils.comparison", "--methods", "best_of_n", "modpo", *sizes]
-    done = subprocess.run([*command, "--out", tmp_path / "c.json"], capture_output=True, text=True, timeout=300)
+    sizes = ["--n-pairs", "600", "--n-objects", "3", "--n-tools", "3", "--steps", "4", "8"]
+    command = [sys.executable, "-m", "cdpo_utils.comparison", "--methods", "safe_rlhf", "dual_descent", *sizes]
+    done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]
-    found = json.loads((tmp_path / "c.json").read_text())
-    assert len(found["tuning"]) == 6 and [row["method"] for row in found["rows"]] == ["best_of_n", "modpo"]
-    assert "best_of_n" in done.stdout and "modpo" in done.stdout
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert len(found["tuning"]) == 6 and [row["method"] for row in found["rows"]] == ["safe_rlhf", "dual_descent"] * 2
+    assert [row["steps"] for row in found["rows"]] == [4, 4, 8, 8] and len(found["papers"]) == 1
+    assert "safe_rlhf" in done.stdout and "dual_descent" in done.stdout
+    for name in ("gaps", "plane", "compute", "multipliers"):
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+        assert len(pd.read_csv(tmp_path / f"{name}.csv")) > 3
+
+
+def test_the_frontier_passes_through_the_optimum():
+    curve = pd.DataFrame(comparison.frontier(0, SETTINGS, points=400))
+    near = curve.iloc[curve.violation.abs().argmin()]
+    assert abs(near.violation) < 0.02 and abs(near.reward_lost) < 0.05
+    assert (np.diff(curve.violation) <= 1e-9).all() and (np.diff(curve.reward_lost) >= -1e-9).all()
+
+
+def test_the_table_over_seeds_by_hand():
+    row = dict(method="sacpo", knob=0.6, steps=8, gap_test=1.0, labels=5, answers=0, spread=2.0)
+    rows = [row | dict(gap=g, violation=v) for g, v in ((1.0, 2.0), (3.0, -4.0))]
+    line = comparison.table(rows).iloc[0]
+    assert line["gap"] == 2.0 and line["gap ±"] == pytest.approx(12.706, abs=1e-3), "t of one degree of freedom"
+    assert line["violation"] == -0.5 and line["worst |violation|"] == 2.0 and line["knob"] == "lam 0.6"
+
+
+def test_swing_is_of_the_second_half():
+    assert comparison.swing([[0.25, 9.0, 0], [0.5, 9.0, 0], [0.75, 1.0, 0], [1.0, 3.0, 0]]) == 1.0
 
 
 def test_every_knob_has_three_values_and_the_tuned_one_is_among_them():

@@ -82,6 +82,19 @@ def test_soft_loss_is_least_where_the_margin_is_the_logit_of_p():
 # --- two-stage primal-dual DPO ----------------------------------------------------------------------------------------
 
 
+def test_ipo_by_hand():
+    """margin 0.5 * ((-1 + 2) - (-4 + 3)) = 1: on the label 1 the loss is 0, on p = 0 it is 4, on p = 3/4 a quarter."""
+    values = [torch.tensor([x]) for x in (-1.0, -4.0, -2.0, -3.0)]
+    for p, expected in ((1.0, 0.0), (0.0, 4.0), (0.75, 0.25)):
+        assert near(losses.ipo_loss(*values, 0.5, torch.tensor([p])), [expected])
+
+
+def test_ipo_is_the_expectation_over_sampled_labels_less_their_variance():
+    columns, zero, one = pairs()[:4], torch.zeros(16), torch.ones(16)
+    labelled = P * losses.ipo_loss(*columns, 0.3, one) + (1 - P) * losses.ipo_loss(*columns, 0.3, zero)
+    assert torch.allclose(losses.ipo_loss(*columns, 0.3, P), labelled - 4 * P * (1 - P))
+
+
 def test_rearranged_loss_by_hand():
     # safer: r_hat = 0.5 (-2 + 1.5) = -0.25, beta log pi/pi_ref = 0.5 (-1 + 1.5) = 0.25; c = (-0.25 - 0.25) / 2 = -0.25
     # riskier: r_hat = 0.5 (-0.5 + 1) = 0.25, beta log pi/pi_ref = 0.5 (-2 + 1) = -0.5; c = (0.25 + 0.5) / 2 = 0.375
@@ -171,12 +184,13 @@ CASES = {
     # the loss of its columns, and whether it falls (-1), grows (+1) or stays (0) as each of them grows
     "dpo": (lambda *c: losses.dpo_loss(*c, beta=0.3), (-1, 1, 1, -1)),
     "soft_dpo": (lambda *c: losses.soft_dpo_loss(*c, beta=0.3, pref_prob=P), None),
+    "ipo": (lambda *c: losses.ipo_loss(*c, beta=0.3, pref_prob=P), None),
     "rearranged": (lambda *c: losses.rearranged_lagrangian_loss(*c, beta=0.3, lam=2.0), (-1, 1, 0, 0, 1, -1)),
     "bradley_terry": (losses.bradley_terry_loss, (-1, 1)),
     "cost_model": (lambda *c: losses.cost_model_loss(*c, *SIGNS), None),
     "level": (losses.level_loss, None),
 }
-COLUMNS = {"dpo": 4, "soft_dpo": 4, "rearranged": 6, "bradley_terry": 2, "cost_model": 2, "level": 2}
+COLUMNS = {"dpo": 4, "soft_dpo": 4, "ipo": 4, "rearranged": 6, "bradley_terry": 2, "cost_model": 2, "level": 2}
 
 
 @pytest.mark.parametrize("name", CASES)
