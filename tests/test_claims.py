@@ -1,0 +1,87 @@
+"""Verdicts by hand, tails by hand, and every experiment once on a small world."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cdpo_utils import claims, comparison
+
+
+def test_a_verdict_needs_every_world():
+    assert claims.verdict([True, True]) == "supported" and claims.verdict([False, False]) == "not supported"
+    assert claims.verdict(pd.Series([True, False])) == "mixed"
+
+
+def test_tails_by_hand():
+    logps = np.log([[0.5, 0.45, 0.05], [0.9, 0.05, 0.05]])
+    costs = np.array([[-1.0, 1.0, 3.0], [-2.0, 0.5, 4.0]])
+    tail = claims.tail(logps, costs, 0.0)
+    assert tail["answers above"] == pytest.approx((0.5 + 0.1) / 2)
+    assert tail["prompts above"] == 0.5, "0.1 for the first prompt, -1.575 for the second"
+    assert tail["mean"] == pytest.approx((0.1 - 1.575) / 2)
+    assert tail["cvar"] == pytest.approx((0.025 * 4 + 0.025 * 3 + 0.05 * 1) / 0.1)
+
+
+def rows(**changed):
+    """Rows of a comparison over two worlds in which every claim about it holds; `changed`: {method: {field: values}}."""
+    made = []
+    for method in comparison.KNOBS:
+        for seed in (0, 1):
+            row = dict(method=method, seed=seed, steps=8, spread=2.0, gap=5.0, reward=1.0, violation=0.02)
+            row |= {"sacpo": {"violation": 0.5}, "modpo": {"violation": 0.5}, "repo": {"violation": -0.5}}.get(
+                method, {}
+            )
+            row |= {"c_dpo": {"reward": 2.0}, "dpo_helpful": {"violation": 2.0}, "dual_descent": {"gap": 4.0}}.get(
+                method, {}
+            )
+            made.append(row | {name: values[seed] for name, values in changed.get(method, {}).items()})
+    return made
+
+
+def test_claims_of_the_comparison_follow_the_numbers():
+    assert [line[3] for line in claims.of_comparison(rows())] == ["supported"] * 4 + ["answered"]
+    wrong = rows(c_dpo={"reward": (2.0, 0.5)}, dpo_helpful={"violation": (0.0, 0.0)}, dual_descent={"gap": (9.0, 9.0)})
+    assert [line[3] for line in claims.of_comparison(wrong)][:3] == ["mixed", "not supported", "not supported"]
+    assert "reward less Safe RLHF's 1.00, -0.50" in claims.of_comparison(wrong)[0][2]
+    with_less = [row | {"steps": 4, "reward": -9.0} for row in rows()] + rows()
+    assert claims.of_comparison(with_less) == claims.of_comparison(rows()), "the largest number of steps counts"
+
+
+def test_claims_about_budgets_follow_the_numbers():
+    frame = pd.DataFrame(
+        [dict(seed=0, method=name, gap=gap, violation=v, value=b) for b in (0.0, 1.0)
+         for name, gap, v in (("one_shot", 3.0, 0.2), ("dual_descent", 1.0, -0.1), ("one_shot, as long", 0.5, 0.0))]
+    )  # fmt: skip
+    assert [line[3] for line in claims.of_budgets(frame)] == ["supported", "supported", "not supported"]
+
+
+def test_a_missing_comparison_is_one_line(capsys, tmp_path):
+    assert claims.main(["--comparison", str(tmp_path)]) == 2
+    assert "run python -m cdpo_utils.comparison" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_experiment_runs_and_every_claim_gets_a_verdict(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "BUDGETS", (1.0, 0.0))
+    monkeypatch.setattr(claims.workers, "side_by_side", lambda function, calls: [function(*call) for call in calls])
+    sizes = ["--n-pairs", "600", "--n-objects", "3", "--n-tools", "3", "--steps", "2"]
+    assert claims.main([*sizes, "--out", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "claims.csv")
+    assert set(table.verdict) <= {"supported", "not supported", "mixed", "answered", "see 09", "not testable here"}
+    assert len(table) == 13 and not table.isna().any().any()
+    budgets, pd_dpo = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("budgets", "pd_dpo"))
+    assert len(budgets) == 6 and set(budgets.method) == {"one_shot", "dual_descent", "one_shot, as long"}
+    assert set(budgets.steps[budgets.method == "one_shot"]) == {2}
+    assert set(budgets.steps[budgets.method != "one_shot"]) == {4}
+    assert len(pd_dpo) == 1 + sum(map(len, claims.VARIED.values()))
+    assert pd_dpo.gap.nunique() == len(pd_dpo) - 2, "of 600 pairs the first 5000 are all"
+    samples = 4 * 32 * pd_dpo.labels.min()  # no labels where the cost model is asked
+    assert samples == 0 and pd_dpo.labels.max() == 16 * pd_dpo.labels[pd_dpo.value == 1].max()
+
+
+def test_the_command_is_there():
+    done = subprocess.run([sys.executable, "-m", "cdpo_utils.claims", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--comparison" in done.stdout
