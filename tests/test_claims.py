@@ -26,18 +26,15 @@ def test_tails_by_hand():
 
 
 def rows(**changed):
-    """Rows of a comparison over two worlds in which every claim about it holds; `changed`: {method: {field: values}}."""
+    """Rows of a comparison over two worlds in which every claim holds, but for `changed`: {method: {field: values}}."""
+    special = {"c_dpo": {"reward": 2.0}, "dpo_helpful": {"violation": 2.0}, "dual_descent": {"gap": 4.0}}
+    special |= {name: {"violation": 0.5} for name in ("sacpo", "modpo", "repo")}
     made = []
     for method in comparison.KNOBS:
         for seed in (0, 1):
             row = dict(method=method, seed=seed, steps=8, spread=2.0, gap=5.0, reward=1.0, violation=0.02)
-            row |= {"sacpo": {"violation": 0.5}, "modpo": {"violation": 0.5}, "repo": {"violation": -0.5}}.get(
-                method, {}
-            )
-            row |= {"c_dpo": {"reward": 2.0}, "dpo_helpful": {"violation": 2.0}, "dual_descent": {"gap": 4.0}}.get(
-                method, {}
-            )
-            made.append(row | {name: values[seed] for name, values in changed.get(method, {}).items()})
+            own = {name: values[seed] for name, values in changed.get(method, {}).items()}
+            made.append(row | special.get(method, {}) | own)
     return made
 
 
