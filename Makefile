@@ -14,12 +14,13 @@ STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup run test lab lint clean
+.PHONY: help setup run test student lab lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run    execute the notebooks, write runs/<time>/ with a table and an HTML report"
 	@echo "make test   unit tests, house style, and every notebook, without network"
+	@echo "make student  copies of the notebooks without solutions, in build/student"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make lint   ruff over modules and notebooks"
 	@echo "make setup  create or update .venv (the others do it when needed)"
@@ -43,6 +44,9 @@ run: $(STAMP)
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+student: $(STAMP)
+	$(BIN)/python -m cdpo_utils.student $(ARGS)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks
