@@ -14,12 +14,13 @@ STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup run test student lab lint clean
+.PHONY: help setup run test figures student lab lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make run    execute the notebooks, write runs/<time>/ with a table and an HTML report"
 	@echo "make test   unit tests, house style, and every notebook, without network"
+	@echo "make figures  every figure of the last run as PNG, its data as CSV, in build/figures"
 	@echo "make student  copies of the notebooks without solutions, in build/student"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make lint   ruff over modules and notebooks"
@@ -44,6 +45,10 @@ run: $(STAMP)
 test: export HF_HUB_OFFLINE = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
+
+figures: $(STAMP)
+	@test -e runs/latest || $(BIN)/python -m cdpo_utils.run
+	@rm -rf build/figures && mkdir -p build && cp -R runs/latest/records/figures build/figures && echo build/figures
 
 student: $(STAMP)
 	$(BIN)/python -m cdpo_utils.student $(ARGS)

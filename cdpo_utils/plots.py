@@ -32,21 +32,20 @@ plt.rcParams.update({"figure.figsize": (6.4, 4.0), "figure.dpi": 100, "font.size
 def show(fig, alt):
     """Display a figure with alternative text (an <img> with alt, which every HTML template keeps) and close it.
 
-    The data that it shows is written among the run's records as CSV, under a name made of the alternative text."""
+    It is also written among the run's records, for slides, and its data as CSV, under a name made of the alternative
+    text."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", bbox_inches="tight")
     folder = record.records_dir() / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join(re.findall("[a-z0-9]+", alt.lower())[:8])
-    plotted(fig).to_csv(folder / f"{name}.csv", index=False)
-    plt.close(fig)
+    save(fig, folder / "-".join(re.findall("[a-z0-9]+", alt.lower())[:8]))
     data = base64.b64encode(buffer.getvalue()).decode()
     display(HTML(f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="max-width:100%">'))
 
 
 def save(fig, path):
-    """Write a figure as `path`.png and its data as `path`.csv, and close it."""
-    fig.savefig(path.with_suffix(".png"), bbox_inches="tight")
+    """Write a figure as `path`.png, sharp enough for a slide, and its data as `path`.csv; close it."""
+    fig.savefig(path.with_suffix(".png"), bbox_inches="tight", dpi=200)
     plotted(fig).to_csv(path.with_suffix(".csv"), index=False)
     plt.close(fig)
 

@@ -28,8 +28,10 @@ def test_a_shown_figure_leaves_its_data_among_the_records(tmp_path, monkeypatch)
     fig, ax = plots.plt.subplots()
     ax.plot([1, 2], [3, 4], label="a")
     plots.show(fig, alt="Gap (%), log scale: the/lower the better. And more words than are needed")
-    (path,) = (tmp_path / "records" / "figures").iterdir()
-    assert path.name == "gap-log-scale-the-lower-the-better-and.csv"
+    picture, path = sorted((tmp_path / "records" / "figures").iterdir(), reverse=True)
+    assert (picture.name, path.name) == tuple(
+        f"gap-log-scale-the-lower-the-better-and.{kind}" for kind in ("png", "csv")
+    )
     assert pd.read_csv(path).y.tolist() == [3, 4]
 
 
