@@ -194,6 +194,16 @@ def label_pairs(world, x, a, b, rng):
     )
 
 
+def label_cheaper(world, frame, cost, seed):
+    """Which response of each row has less of a cost, 0 or 1 (n,): Bradley-Terry on -c*, `cost` a column of the costs.
+
+    For costs that `label_pairs` does not label; its draws stay what they are.
+    """
+    (x, a), (_, b) = (world.index(frame.prompt, frame[f"response_{k}"]) for k in (0, 1))
+    c = world.costs[..., cost]
+    return (np.random.default_rng([seed, 8]).random(len(x)) < sigmoid(c[x, a] - c[x, b])).astype(int)
+
+
 def truth(world, prompts, answers):
     """r* (n,) and c* (n, 2) of texts; NaN for a text outside the grammar, on which the truth is silent."""
     x, y = world.index(prompts, answers)
