@@ -164,6 +164,21 @@ def test_marginals_of_the_labels(default):
     assert abs(signs.mean()) < 4 / np.sqrt(pairs * repeats), "the two signs are drawn independently"
 
 
+def test_labels_of_another_cost_follow_bradley_terry_and_leave_the_rest_alone(default, frame):
+    before = digest(frame)
+    for cost in (0, 1):
+        labels = bench.label_cheaper(default, frame, cost, seed=0)
+        (x, a), (_, b) = (default.index(frame.prompt, frame[f"response_{k}"]) for k in (0, 1))
+        c = default.costs[..., cost]
+        p = sigmoid(c[x, a] - c[x, b])  # that the second is the cheaper one
+        assert set(labels) == {0, 1}
+        for part in np.array_split(np.argsort(p), 20):
+            z = (labels[part] - p[part]).sum() / np.sqrt((p * (1 - p))[part].sum())
+            assert abs(z) < 4.5, (cost, p[part].mean(), labels[part].mean())
+    assert digest(frame) == before
+    assert not np.array_equal(labels, bench.label_cheaper(default, frame, 1, seed=1))
+
+
 def test_answers_follow_the_demonstrations(world):
     prompts, answers = bench.sample_demonstrations(world, 90_000, seed=0)
     x, y = world.index(prompts, answers)
