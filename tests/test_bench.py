@@ -118,6 +118,36 @@ def test_other_arguments_are_named_too(change, says):
         bench.make_world(**change)
 
 
+# --- poor coverage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_poor_coverage_hides_what_would_be_best(seed):
+    """The exact optimum goes where one demonstration in a thousand does, and to stay away costs much of the gain."""
+    each, plain = bench.make_world(seed, coverage=1e-3), bench.make_world(seed)
+    rare = bench.rare_answers(each)
+    assert rare.sum() == 576 // 8 and np.allclose(np.exp(each.demo)[:, rare].sum(1), 1e-3)
+    assert np.allclose(np.exp(each.demo).sum(1), 1) and np.array_equal(each.train, plain.train)
+    assert np.allclose(each.reward - plain.reward, bench.RARE_REWARD * rare)
+    assert np.isclose(exact.expectation(each.demo, each.costs[..., 0]), bench.REF_HARM * bench.SPREAD)
+    for part in (rare, ~rare):  # within a part the demonstrations are what they were
+        assert np.allclose(exact.normalise(each.demo[:, part]), exact.normalise(plain.demo[:, part]))
+    harm = each.costs[..., 0]
+    best = exact.solve(each.demo, each.reward, harm, 0.0, 0.5)
+    mass = np.exp(best.logps)[:, rare].sum(1).mean()
+    assert 0.3 < mass < 0.8 and best.lam > 0.3, "a part of the optimum, not all of it, and the budget binds"
+    without = exact.solve(exact.normalise(np.where(rare, -1e3, each.demo)), each.reward, harm, 0.0, 0.5)
+    assert exact.gap(without.logps, each.demo, best) > 20 and best.objective - without.objective > 0.4
+
+
+def test_a_coverage_out_of_range_is_named():
+    for value in (0.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match=f"coverage={value}"):
+            bench.make_world(coverage=value)
+    with pytest.raises(ValueError, match="n_tools=3 leaves out steam"):
+        bench.make_world(n_tools=3, coverage=1e-3)
+
+
 # --- the labels -------------------------------------------------------------------------------------------------------
 
 
