@@ -96,6 +96,10 @@ class Samples:
     texts: list
     ids: list
 
+    def first(self, n):
+        """The first n answers of each prompt."""
+        return Samples(self.prompts, self.prompt_ids, [row[:n] for row in self.texts], [row[:n] for row in self.ids])
+
     def flat(self):
         """All (prompt, answer) texts in order: two lists of P * n."""
         n = len(self.texts[0])
