@@ -3,12 +3,13 @@
 import json
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
-from cdpo_utils import bench, exact, labs, losses, online, policies, trainers
+from cdpo_utils import bench, exact, labs, losses, online, plots, policies, trainers
 from cdpo_utils.algorithms import Schedule
 from cdpo_utils.bench import sigmoid
 from cdpo_utils.logprobs import response_logps
@@ -237,6 +238,13 @@ def test_the_command_prints_its_table_and_writes_both_files(tmp_path, monkeypatc
         assert row["steps"] == 2 * 2 * 2 and len(row["rounds"]) == 2 and row["method"] in said
         assert row["labels"] == 2 * row["pairs"] + 2 * 9 * 8 * 16 and row["rare_exact"] > row["rare_reference"]
     assert {row["pairs"] + row["dropped"] for row in found["rows"]} == {2 * 8 * 9}
+    fig, axes = plt.subplots(1, 2)
+    plots.online_rounds(axes, found["rows"])
+    drawn = [line.get_ydata() for line in axes[0].get_lines()]
+    for row in found["rows"]:
+        assert any(np.allclose(path, [round_["rare"] for round_ in row["rounds"]]) for path in drawn)
+    assert np.allclose(drawn[-1], found["rows"][0]["rare_exact"])
+    plt.close(fig)
     table = (tmp_path / "a" / "online.csv").read_text().splitlines()
     assert len(table) == 4 and {"gap", "violation_spreads", "rare", "labels"} <= set(table[0].split(","))
     assert online.main([*arguments, "--pairs", "9"]) == 2
