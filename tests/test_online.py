@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from cdpo_utils import bench, exact, labs, losses, online, plots, policies, trainers
+from cdpo_utils import bench, evaluate, exact, labs, losses, online, plots, policies, trainers
 from cdpo_utils.algorithms import Schedule
 from cdpo_utils.bench import sigmoid
 from cdpo_utils.logprobs import response_logps
@@ -220,6 +220,20 @@ def test_without_a_bonus_stage_one_is_plain_dpo_and_at_no_multiplier_it_is_all(m
 
 
 # --- they arrive ------------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_optimist_goes_where_little_is_known(made, lab, world, monkeypatch):
+    """One round on the same pairs, the bonus taken off, left out, and added."""
+    tables, found, real = [], [], online.uncertainty
+    monkeypatch.setattr(online, "uncertainty", lambda *a: tables.append(real(*a)) or tables[-1])
+    schedule = Schedule(round_steps=40, batch_size=32, lr=1e-2)
+    for bonus in (-30.0, 0.0, 30.0):
+        policy, _ = online.o_pd_dpo(made, 0.0, BETA, schedule, 1, pairs=4, samples=4, labels=5, bonus=bonus)
+        found.append(evaluate.policy_logps(policy, lab.tokenizer, lab.prompts, world.answers)[0])
+    assert np.array_equal(*tables)
+    unknown = tables[0][world.train]
+    below, plain, above = (exact.expectation(logps, unknown) / unknown.std() for logps in found)
+    assert above > plain + 0.2 and plain > below + 0.2, (below, plain, above)
 
 
 def test_the_command_prints_its_table_and_writes_both_files(tmp_path, monkeypatch, capsys):
