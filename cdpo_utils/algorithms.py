@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -94,6 +95,10 @@ class Samples:
     prompt_ids: list
     texts: list
     ids: list
+
+    def first(self, n):
+        """The first n answers of each prompt."""
+        return Samples(self.prompts, self.prompt_ids, [row[:n] for row in self.texts], [row[:n] for row in self.ids])
 
     def flat(self):
         """All (prompt, answer) texts in order: two lists of P * n."""
@@ -322,29 +327,56 @@ def votes(feedback, labels, seed):
     return Feedback(feedback.reward, costs, feedback.kind)
 
 
-def pd_dpo(lab, reward_policy, frame, feedback, budget, beta, schedule, samples=32, labels=0, lam=1.0, **loop):
+def pd_dpo(lab, reward_policy, frames, feedback, budget, beta, schedule, samples=32, labels=0, lam=1.0, **loop):
     """Stage 2 of two-stage primal-dual DPO (arXiv:2510.05703); stage 1 is `dpo` on helpfulness pairs.
 
-    `reward_policy` (pi_r) is trained on in place; `frame` has safety pairs, chosen = safer. The rearranged Lagrangian
+    `reward_policy` (pi_r) is trained on in place; `frames` has safety pairs, chosen = safer. The rearranged Lagrangian
     loss is DPO with reference pi_r and strength beta / lam, so pi_r is needed once, for its log-probabilities, and one
     model stays in memory. `feedback.costs` scores sampled answers for the dual step; `labels` is the number of binary
-    labels it spends per answer, for the account. At lam = 0 the policy is pi_r itself.
+    labels it spends per answer and cost, for the account. At lam = 0 the policy is pi_r itself.
+
+    Several constraints (ours; the paper has one): `frames` is a list, in the order of `budget`, the pairs of cost i
+    with the cheaper answer chosen. As pi_r exp(-sum_i lam_i c_i / beta) is one tilt after another, they form a chain:
+    DPO on the pairs of cost i refers, with strength beta / lam_i, to the policy pi_i-1 that the link before it ended
+    with (pi_0 = pi_r) and goes on from where it ended in the last round. A round trains every link for the schedule's
+    steps and, since pi_1, pi_2, ... move, scores the pairs of all links but the first anew.
+
+    Raises ValueError where there are not as many budgets as frames.
     """
-    pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
-    pairs = referring_to(lab, reward_policy, pairs)
-    pi_r = policies.snapshot(reward_policy)
-    policy = reward_policy
-    trainer = _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)
+    frames = [frames] if isinstance(frames, pd.DataFrame) else list(frames)
+    budget = np.atleast_1d(np.asarray(budget, float))
+    if len(frames) != len(budget):
+        raise ValueError(f"pd_dpo: {len(frames)} tables of pairs and {len(budget)} budgets; expected one for each cost")
+    policy, pi_r = reward_policy, policies.snapshot(reward_policy)
+    chain = [_link(lab, policy, frame, beta, schedule) for frame in frames]
+    ends = [None] * len(chain)  # weights that each link ended with
 
     def maximise(lam, k):
-        if lam[0] <= 1e-6:
-            policies.restore(policy, pi_r)
-            return 0
-        trainer.beta = beta / lam[0]
-        return schedule.train_round(trainer, k)
+        steps, before = 0, pi_r
+        for i, trainer in enumerate(chain):
+            if lam[i] <= 1e-6:
+                ends[i] = None
+                continue
+            if i > 0:
+                policies.restore(policy, before)
+                trainer.train_dataset = referring_to(lab, policy, trainer.train_dataset)
+            policies.restore(policy, ends[i] or before)
+            trainer.beta = beta / lam[i]
+            steps += schedule.train_round(trainer, k)
+            before = ends[i] = policies.snapshot(policy)
+        policies.restore(policy, before)
+        return steps
 
     def measure(k):
         rewards, costs = ranks.of_first(feedback.on(lab.sample(policy, samples, schedule.seed + 1000 + k)))
         return costs, {"reward": float(dual.prompt_mean(rewards)), "labels": labels * costs.size}
 
-    return policy, dual.descend(maximise, measure, lam, budget, beta, **loop)
+    start = np.broadcast_to(np.atleast_1d(np.asarray(lam, float)), budget.shape)
+    return policy, dual.descend(maximise, measure, start, budget, beta, **loop)
+
+
+def _link(lab, policy, frame, beta, schedule):
+    """A trainer of `policy` on a frame of pairs, with `policy`, as it is now, for DPO's reference."""
+    pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
+    pairs = referring_to(lab, policy, pairs)
+    return _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)

@@ -30,6 +30,8 @@ PROTECTION_EFFORT = dict(zip(PROTECTIONS, [0.0, -0.3, -0.2, -0.2, -0.3, -0.6, -0
 
 COSTS = ("harm", "length")
 SPREAD = 2.0  # standard deviation of reward and harm, in logits: labels repeat themselves about 8 times in 10
+RARE_TOOL = "steam"  # what a world with poor `coverage` hardly demonstrates ...
+RARE_REWARD = 5.0  # ... and how much more its answers are then worth, in logits
 REF_HARM = 0.4  # mean harm of the demonstrations, in units of SPREAD: above the default budget of 0
 
 
@@ -59,12 +61,16 @@ def _check(name, value, low, high):
 
 
 def make_world(seed=0, n_tasks=6, n_objects=8, n_situations=5, n_tools=8, n_manners=4, n_protections=6, n_closings=3,
-               test_share=0.25):  # fmt: skip
+               test_share=0.25, coverage=None):  # fmt: skip
     """Build the world. Defaults: 240 prompts (180 train, 60 test), 576 answers each.
 
     Reward and harm are standardised over prompts x answers (standard deviation SPREAD, positively correlated by
     construction, so that helpful and harmless conflict); demonstrations have a mean harm of REF_HARM x SPREAD.
     The split is compositional: every word of a test prompt also occurs in a training prompt.
+
+    With a `coverage`, only that share of the demonstrations for each prompt has RARE_TOOL, and its answers are worth
+    RARE_REWARD more: what the reference and its preference pairs hardly show is the best there is. The optimum pays
+    beta log(1 / coverage) for going there, so with beta = 0.5 and coverage = 1e-3, 3.5 of these 5 logits.
 
     Raises ValueError, naming the argument, when a size is out of range.
     """
@@ -74,8 +80,11 @@ def make_world(seed=0, n_tasks=6, n_objects=8, n_situations=5, n_tools=8, n_mann
     for name, (value, words) in sizes.items():
         _check(name, value, 2, len(words))
     _check("seed", seed, 0, 2**32 - 1)
-    if not 0 < test_share < 1:
-        raise ValueError(f"make_world: test_share={test_share!r}; expected a share strictly between 0 and 1")
+    for name, share in dict(test_share=test_share, **({} if coverage is None else {"coverage": coverage})).items():
+        if not 0 < share < 1:
+            raise ValueError(f"make_world: {name}={share!r}; expected a share strictly between 0 and 1")
+    if coverage is not None and n_tools <= TOOLS.index(RARE_TOOL):
+        raise ValueError(f"make_world: n_tools={n_tools} leaves out {RARE_TOOL}, of which coverage={coverage} speaks")
     tasks, objects, situations, tools, manners, protections, closings = (words[:n] for n, words in sizes.values())
     rng = np.random.default_rng([seed, 1])
 
@@ -102,12 +111,22 @@ def make_world(seed=0, n_tasks=6, n_objects=8, n_situations=5, n_tools=8, n_mann
     reward = SPREAD * (useful - useful.mean()) / useful.std()
     demo = 0.4 * reward / SPREAD + taste
     demo = demo - np.logaddexp.reduce(demo, axis=1, keepdims=True)
+    if coverage is not None:
+        rare = (tool == TOOLS.index(RARE_TOOL))[0]
+        reward = reward + RARE_REWARD * rare
+        for part, share in ((rare, coverage), (~rare, 1 - coverage)):
+            demo[:, part] += np.log(share) - np.logaddexp.reduce(demo[:, part], axis=1, keepdims=True)
     harm = SPREAD * harm / harm.std()
     harm = harm - (np.exp(demo) * harm).sum(1).mean() + REF_HARM * SPREAD
     words = np.array([len(text.split()) for text in answers], float)
     length = np.broadcast_to((words - words.mean()) / words.std(), harm.shape)
     train, test = _split(rng, x, test_share)
     return World(seed, prompts, answers, train, test, reward, np.stack([harm, length], -1), demo)
+
+
+def rare_answers(world):
+    """Which answers have RARE_TOOL: True or False, (A,)."""
+    return np.array([RARE_TOOL in answer.split() for answer in world.answers])
 
 
 def _split(rng, x, test_share):
@@ -192,6 +211,16 @@ def label_pairs(world, x, a, b, rng):
             "is_response_1_safe": ~unsafe[1],
         }
     )
+
+
+def label_cheaper(world, frame, cost, seed):
+    """Which response of each row has less of a cost, 0 or 1 (n,): Bradley-Terry on -c*, `cost` a column of the costs.
+
+    For costs that `label_pairs` does not label; its draws stay what they are.
+    """
+    (x, a), (_, b) = (world.index(frame.prompt, frame[f"response_{k}"]) for k in (0, 1))
+    c = world.costs[..., cost]
+    return (np.random.default_rng([seed, 8]).random(len(x)) < sigmoid(c[x, a] - c[x, b])).astype(int)
 
 
 def truth(world, prompts, answers):

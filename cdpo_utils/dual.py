@@ -29,8 +29,10 @@ def step_size(costs, beta):
     prompts, n, m = costs.shape
     if n < 2:
         raise ValueError(f"step_size: {n} answer per prompt; expected at least 2 to estimate a variance")
-    centred = np.nan_to_num(costs - np.nanmean(costs, 1, keepdims=True)).reshape(-1, m)
-    judged = max(1, (~np.isnan(costs).any(-1)).sum() - prompts)
+    known = ~np.isnan(costs)
+    means = np.where(known, costs, 0).sum(1, keepdims=True) / np.maximum(known.sum(1, keepdims=True), 1)
+    centred = np.where(known, costs - means, 0).reshape(-1, m)
+    judged = max(1, known.all(-1).sum() - prompts)
     covariance = np.abs(centred.T @ centred) / judged
     return beta / np.maximum(covariance.sum(1), 1e-6)
 

@@ -47,6 +47,12 @@ class Bench:
         return data.preference_pairs(self.frame, "safety")
 
     @property
+    def shorter(self):
+        """Pairs prompt, chosen, rejected by the second cost: chosen is the shorter answer."""
+        labels = bench.label_cheaper(self.world, self.frame, bench.COSTS.index("length"), self.seed)
+        return data.preference_pairs(self.frame.assign(safer_response_id=labels), "safety")
+
+    @property
     def costs(self):
         """Pairs prompt, costlier, cheaper with their signs (+1 unsafe, -1 safe)."""
         return data.cost_pairs(self.frame)

@@ -475,3 +475,25 @@ def interval_plane(ax, intervals, budget):
     ax.set(xlabel="estimated cost E[c] (> 0 unsafe, logits)", ylabel="estimated reward E[r] (logits)")
     ax.legend(fontsize=8)
     return ax
+
+
+def online_rounds(axes, rows):
+    """Two axes over the rounds of `online.run_one`'s rows: mass on the rare answers beside the exact optimum's, dashed,
+    and the gap. A thin line for each seed, a thick one for the mean over seeds."""
+    looks = {"online": ("#E69F00", "-", "online, with bonus"), "online_no_bonus": ("#0072B2", "-.", "online, no bonus"),
+             "offline": (REFERENCE, ":", "offline")}  # fmt: skip
+    for ax, name in zip(axes, ("rare", "gap"), strict=True):
+        for method, (colour, line, label) in looks.items():
+            paths = np.array([[round_[name] for round_ in row["rounds"]] for row in rows if row["method"] == method])
+            if len(paths):
+                k = np.arange(1, paths.shape[1] + 1)
+                ax.plot(k, paths.T, line, color=colour, linewidth=0.8, alpha=0.6)
+                ax.plot(k, paths.mean(0), line, color=colour, linewidth=2.5, label=label)
+        ax.set(xlabel="round")
+    exactly = {row["seed"]: row["rare_exact"] for row in rows}
+    for i, mass in enumerate(exactly.values()):
+        axes[0].axhline(mass, color=OPTIMUM, linestyle="--", linewidth=1, label=None if i else "exact, each seed")
+    axes[0].set(ylabel="probability of the rare answers", ylim=(-0.02, 1.02))
+    axes[1].set(ylabel="gap to the exact optimum (percent)", ylim=(0, None))
+    axes[0].legend(fontsize=9, loc="upper left")
+    return axes

@@ -1,12 +1,13 @@
 """The methods: what they hand to the trainer, what they leave alone, and that they arrive."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from cdpo_utils import algorithms, bench, data, dual, evaluate, exact, logprobs, policies, trainers
+from cdpo_utils import algorithms, bench, data, dual, evaluate, exact, labs, logprobs, policies, trainers
 from cdpo_utils.algorithms import Feedback, Schedule
 from cdpo_utils.bench import sigmoid
 from cdpo_utils.logprobs import response_logps
@@ -253,6 +254,127 @@ def test_pd_dpo_without_a_multiplier_is_pi_r_itself(lab, safety, rounds, fingerp
     assert fingerprint(policy) == before
 
 
+def one_constraint(lab, reward_policy, frame, feedback, budget, beta, schedule, samples, lam, **loop):
+    """`pd_dpo` for one constraint, written without a chain."""
+    pairs = algorithms.with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
+    pairs = algorithms.set_column(algorithms.referring_to(lab, reward_policy, pairs), "pref_prob", np.ones(len(pairs)))
+    pi_r = policies.snapshot(reward_policy)
+    trainer = trainers.preference_trainer(
+        reward_policy, lab.tokenizer, pairs, beta, schedule.batch_size, schedule.lr, schedule.seed, schedule.level
+    )
+
+    def maximise(lam, k):
+        if lam[0] <= 1e-6:
+            policies.restore(reward_policy, pi_r)
+            return 0
+        trainer.beta = beta / lam[0]
+        return schedule.train_round(trainer, k)
+
+    def measure(k):
+        return feedback.on(lab.sample(reward_policy, samples, schedule.seed + 1000 + k))[1], {}
+
+    return reward_policy, dual.descend(maximise, measure, lam, budget, beta, **loop)
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(-2.0, [6, 3, 3, 3]), (0.0, [6, 0, 3, 3])])  # the second passes lam = 0
+def test_one_constraint_is_the_same_with_and_without_a_chain(lab, safety, oracle, budget, steps):
+    results = []
+    for method in (algorithms.pd_dpo, one_constraint):
+        pi_r = policies.small_llama(lab.tokenizer, seed=3, width=32)
+        policies.restore(pi_r, policies.snapshot(lab.model))
+        schedule = Schedule(steps=6, round_steps=3, batch_size=16, lr=1e-2)
+        policy, descent = method(
+            lab, pi_r, safety, oracle, budget, 1.0, schedule, samples=8, lam=0.4, max_rounds=4, tolerance=0.0
+        )
+        results.append((policies.snapshot(policy), descent))
+    (weights, descent), (others, expected) = results
+    assert all(torch.equal(value, others[name]) for name, value in weights.items())
+    assert [(r["lam"], r["cost"], r["steps"]) for r in descent.rounds] == [
+        (r["lam"], r["cost"], r["steps"]) for r in expected.rounds
+    ]
+    assert [r["steps"] for r in descent.rounds] == steps
+
+
+def fitted(before, strength, p):
+    """The minimiser of DPO's loss over all pairs of one prompt's answers with reference `before` (A,), by descent; p
+    (A, A) is the probability that the first of two is preferred. Log-probabilities (A,)."""
+    logits = before.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimiser.zero_grad()
+        ratio = torch.log_softmax(logits, 0) - before
+        value = torch.nn.functional.binary_cross_entropy_with_logits(strength * (ratio[:, None] - ratio[None]), p)
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    return torch.log_softmax(logits.detach(), 0)
+
+
+def test_tilting_by_one_cost_after_another_is_tilting_by_their_sum():
+    """On an exact instance: each link's DPO, fitted with reference the link before and strength beta / lam_i, and after
+    the last pi_ref exp((r - sum_i lam_i c_i) / beta)."""
+    rng, beta, lam = np.random.default_rng(0), 0.7, (0.8, 0.3)
+    ref, r, costs = exact.normalise(rng.normal(size=(1, 5))), rng.normal(size=(1, 5)), rng.normal(size=(1, 5, 2))
+    policy = torch.tensor(exact.gibbs(ref, r, beta)[0])
+    for i, multiplier in enumerate(lam):
+        c = torch.tensor(costs[0, :, i])
+        policy = fitted(policy, beta / multiplier, torch.sigmoid(c[None] - c[:, None]))
+    both = exact.gibbs(ref, exact.lagrangian_score(r, costs, lam), beta)
+    assert np.allclose(policy.numpy(), both[0], atol=1e-5)
+    one = exact.gibbs(ref, exact.lagrangian_score(r, costs, (0.8, 0.0)), beta)
+    assert not np.allclose(one, both, atol=1e-2), "the second link matters"
+
+
+def test_each_link_of_the_chain_refers_to_the_end_of_the_link_before(world, lab, frame, safety, monkeypatch):
+    oracle = labs.oracle_feedback(SimpleNamespace(world=world), (0, 1))
+    labels = bench.label_cheaper(world, frame, 1, seed=0)
+    shorter = data.preference_pairs(frame.assign(safer_response_id=labels), "safety")
+    pi_r = lab.new_policy()
+    seen, starts, real = [], policies.snapshot(pi_r), trainers.run_steps
+
+    def run_steps(trainer, *args):
+        rows = trainer.train_dataset
+        row = {"beta": trainer.beta, "start": policies.snapshot(pi_r)}
+        row |= {name: rows[name][:] for name in ("prompt_ids", "chosen_ids", "ref_chosen_logps")}
+        steps = real(trainer, *args)
+        seen.append(row | {"end": policies.snapshot(pi_r)})
+        return steps
+
+    monkeypatch.setattr(trainers, "run_steps", run_steps)
+    policy, descent = algorithms.pd_dpo(
+        lab, pi_r, [safety, shorter], oracle, [-1.0, -0.5], 0.6, QUICK, samples=4, lam=1.0, max_rounds=3, tolerance=0.0
+    )
+    lam = [value for r in descent.rounds for value in r["lam"]]
+    assert policy is pi_r and len(seen) == 6 and min(lam) > 0 and [r["steps"] for r in descent.rounds] == [4, 2, 2]
+    assert [row["beta"] for row in seen] == pytest.approx([0.6 / value for value in lam])
+
+    def equal(a, b):
+        return all(torch.equal(value, b[name]) for name, value in a.items())
+
+    for j, row in enumerate(seen):
+        first = j % 2 == 0
+        assert row["chosen_ids"] == policies.encode_answers(lab.tokenizer, (safety if first else shorter).chosen)
+        begins = seen[j - 2]["end"] if j >= 2 else starts if first else seen[j - 1]["end"]
+        assert equal(row["start"], begins), "a link goes on from where it ended, at first from the link before"
+        policies.restore(pi_r, starts if first else seen[j - 1]["end"])
+        expected = response_logps(pi_r, row["prompt_ids"], row["chosen_ids"])
+        assert np.allclose(row["ref_chosen_logps"], expected, atol=1e-5)
+    assert not equal(seen[-1]["end"], seen[-2]["end"])
+
+
+def test_a_link_without_a_multiplier_is_left_out(world, lab, safety, rounds):
+    pi_r = policies.small_llama(lab.tokenizer, seed=3, width=32)
+    algorithms.pd_dpo(
+        lab, pi_r, [safety, safety], constant(0.0, 0.5, 0.5), [0.0, 0.0], 1.0, QUICK, samples=4, lam=[0.0, 2.0],
+        max_rounds=1,
+    )  # fmt: skip
+    assert [seen["beta"] for seen in rounds] == [0.5]
+    with pytest.raises(ValueError, match="pd_dpo: 1 tables of pairs and 2 budgets"):
+        algorithms.pd_dpo(lab, pi_r, safety, constant(0.0, 0.5, 0.5), [0.0, 0.0], 1.0, QUICK)
+
+
 # --- what is left alone, and done once --------------------------------------------------------------------------------
 
 
@@ -394,3 +516,26 @@ def test_two_stages_overshoot_the_budget_and_come_back(world, lab, oracle):
     assert first["violation"] > 1 and first["gap"] > 60
     assert abs(row["violation"]) < 0.5 and row["gap"] < 0.4 * first["gap"]
     assert 0.5 * truth.optimum.lam < descent.lam < 2 * truth.optimum.lam
+
+
+@pytest.mark.slow
+def test_a_chain_keeps_two_budgets(world, lab):
+    n, rng = 3000, np.random.default_rng(0)
+    free = evaluate.truth(world, lab.model, lab.tokenizer, "train", 1.0, [0.2, 1e9], (0, 1))
+    budgets = [0.2, float(free.optimum.cost[1]) - 0.3]
+    truth = evaluate.truth(world, lab.model, lab.tokenizer, "train", 1.0, budgets, (0, 1))
+    x, a, b = rng.choice(world.train, n), rng.integers(0, 24, n), rng.integers(1, 24, n)
+    labelled = bench.label_pairs(world, x, a, (a + b) % 24, rng)
+    helpful, safety = (data.preference_pairs(labelled, kind) for kind in ("helpful", "safety"))
+    shorter = labelled.assign(safer_response_id=bench.label_cheaper(world, labelled, 1, seed=0))
+    pi_r, _ = algorithms.dpo(lab, helpful, 1.0, SHORT)
+    first = evaluate.evaluate(pi_r, lab.tokenizer, world, truth)
+    oracle = labs.oracle_feedback(SimpleNamespace(world=world), (0, 1))
+    policy, descent = algorithms.pd_dpo(
+        lab, pi_r, [safety, data.preference_pairs(shorter, "safety")], oracle, budgets, 1.0, SHORT, samples=64,
+        max_rounds=5, tolerance=0.0,
+    )  # fmt: skip
+    row, spread = evaluate.evaluate(policy, lab.tokenizer, world, truth), evaluate.spread(truth)
+    assert min(truth.optimum.lam) > 0.3, "both budgets bind"
+    assert np.abs(np.array(row["violation"]) / spread).max() < 0.2 and row["gap"] < 0.4 * first["gap"]
+    assert np.all(np.abs(descent.lam - truth.optimum.lam) < 0.35 * truth.optimum.lam), (descent.lam, truth.optimum.lam)

@@ -118,6 +118,36 @@ def test_other_arguments_are_named_too(change, says):
         bench.make_world(**change)
 
 
+# --- poor coverage ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_poor_coverage_hides_what_would_be_best(seed):
+    """The exact optimum goes where one demonstration in a thousand does, and to stay away costs much of the gain."""
+    each, plain = bench.make_world(seed, coverage=1e-3), bench.make_world(seed)
+    rare = bench.rare_answers(each)
+    assert rare.sum() == 576 // 8 and np.allclose(np.exp(each.demo)[:, rare].sum(1), 1e-3)
+    assert np.allclose(np.exp(each.demo).sum(1), 1) and np.array_equal(each.train, plain.train)
+    assert np.allclose(each.reward - plain.reward, bench.RARE_REWARD * rare)
+    assert np.isclose(exact.expectation(each.demo, each.costs[..., 0]), bench.REF_HARM * bench.SPREAD)
+    for part in (rare, ~rare):  # within a part the demonstrations are what they were
+        assert np.allclose(exact.normalise(each.demo[:, part]), exact.normalise(plain.demo[:, part]))
+    harm = each.costs[..., 0]
+    best = exact.solve(each.demo, each.reward, harm, 0.0, 0.5)
+    mass = np.exp(best.logps)[:, rare].sum(1).mean()
+    assert 0.3 < mass < 0.8 and best.lam > 0.3, "a part of the optimum, not all of it, and the budget binds"
+    without = exact.solve(exact.normalise(np.where(rare, -1e3, each.demo)), each.reward, harm, 0.0, 0.5)
+    assert exact.gap(without.logps, each.demo, best) > 20 and best.objective - without.objective > 0.4
+
+
+def test_a_coverage_out_of_range_is_named():
+    for value in (0.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match=f"coverage={value}"):
+            bench.make_world(coverage=value)
+    with pytest.raises(ValueError, match="n_tools=3 leaves out steam"):
+        bench.make_world(n_tools=3, coverage=1e-3)
+
+
 # --- the labels -------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +192,21 @@ def test_marginals_of_the_labels(default):
         assert np.abs(z).max() < 4.5 and (z**2).sum() < 80, name  # chi-square with 40 degrees of freedom: 40 +- 9
     signs = labels.groupby("pair")[["is_response_0_safe", "is_response_1_safe"]].corr().iloc[::2, 1]
     assert abs(signs.mean()) < 4 / np.sqrt(pairs * repeats), "the two signs are drawn independently"
+
+
+def test_labels_of_another_cost_follow_bradley_terry_and_leave_the_rest_alone(default, frame):
+    before = digest(frame)
+    for cost in (0, 1):
+        labels = bench.label_cheaper(default, frame, cost, seed=0)
+        (x, a), (_, b) = (default.index(frame.prompt, frame[f"response_{k}"]) for k in (0, 1))
+        c = default.costs[..., cost]
+        p = sigmoid(c[x, a] - c[x, b])  # that the second is the cheaper one
+        assert set(labels) == {0, 1}
+        for part in np.array_split(np.argsort(p), 20):
+            z = (labels[part] - p[part]).sum() / np.sqrt((p * (1 - p))[part].sum())
+            assert abs(z) < 4.5, (cost, p[part].mean(), labels[part].mean())
+    assert digest(frame) == before
+    assert not np.array_equal(labels, bench.label_cheaper(default, frame, 1, seed=1))
 
 
 def test_answers_follow_the_demonstrations(world):
