@@ -365,3 +365,118 @@ def interval_plane(ax, intervals, budget):
     ax.set(xlabel="estimated cost E[c] (> 0 unsafe, logits)", ylabel="estimated reward E[r] (logits)")
     ax.legend(fontsize=8)
     return ax
+
+
+def gap_by_size(axes, table):
+    """Two axes, by width and by LoRA rank: the measured P* - D*_p, nu, and the theorem's bound on the former, log
+    scales; `table` is `model_gap.by_size`'s. A point per seed, lines through the least of them: a class is as good as
+    its best member."""
+    looks = (("duality_bound", "bound (M + beta + M lambda) nu", "#D55E00", "v"),
+             ("nu", "nu at pi*, largest over prompts", "#56B4E9", "s"),
+             ("gap", "measured P* - D*_p (reward)", OPTIMUM, "o"))  # fmt: skip
+    for ax, (kind, name) in zip(axes, (("width", "width of the model"), ("rank", "rank of LoRA")), strict=True):
+        rows = table[table["class"] == kind]
+        for key, label, colour, marker in looks:
+            ax.plot(rows["size"], rows[key], marker, color=colour, markersize=4, alpha=0.6)
+            ax.plot(rows.groupby("size")[key].min(), color=colour, marker=marker, label=label)
+        ax.set(xscale="log", yscale="log", xlabel=name, xticks=sorted(set(rows["size"])))
+        ax.set_xticks([], minor=True)
+        ax.set_xticklabels(sorted(set(rows["size"])))
+    axes[0].set(ylabel="reward; L1 distance for nu")
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return axes
+
+
+def multiplier_updates(axes, paths, lam_star):
+    """Lambda over primal updates, one axis for each path of `theory.oscillation`, and the exact lambda*."""
+    for ax, (name, path) in zip(axes, paths.groupby("path", sort=False), strict=True):
+        ax.plot(path.updates, path.lam, color=LAMBDA, marker="o" if len(path) < 20 else None, drawstyle="steps-post")
+        ax.axhline(lam_star, color=OPTIMUM, linestyle=":", label=f"lambda* = {lam_star:.3f}")
+        ax.set_title(name.replace(", ", ",\n"), fontsize=10)
+        ax.set(xlabel="primal updates")
+    axes[0].set(ylabel="multiplier lambda\n(reward per cost)")
+    axes[0].legend(fontsize=9, loc="lower right")
+    return axes
+
+
+def step_sweep(axes, table):
+    """Three axes from `theory.step_sweep`: gap by primal updates a round, warm and cold; |violation| and then
+    D(lambda) - D(lambda*) by dual step, with the exact slope and with a sampled one, the latter beside its bound."""
+    sweeps = {name: rows.sort_values("value") for name, rows in table.groupby("sweep")}
+    for name, colour, marker in (("warm", "#0072B2", "o"), ("cold", "#D55E00", "s")):
+        label = "from the last policy" if name == "warm" else "from the reference"
+        axes[0].plot(sweeps[name].value, sweeps[name].gap.clip(1e-8), color=colour, marker=marker, label=label)
+    axes[0].set(xscale="log", yscale="log", xlabel="primal updates a round", ylabel="gap after the last round (%)")
+    exactly, sampled = sweeps["exact slope"], sweeps["sampled slope"]
+    axes[1].plot(exactly.value, exactly.violation.abs().clip(1e-10), color="#0072B2", marker="o", label="exact slope")
+    axes[1].axvline(2, color=REFERENCE, linewidth=1, label="2: limit of stability")
+    axes[1].set(xscale="log", yscale="log", xlabel="dual step (Newton's steps)", ylabel="|E[c] - d| after the last round")
+    axes[2].plot(sampled.value, sampled.dual, "o", color="#0072B2", markersize=4, alpha=0.6)
+    means = sampled.groupby("value")[["dual", "bound"]].mean()
+    axes[2].plot(means.dual, color="#0072B2", label="measured, mean of late rounds")
+    axes[2].plot(means.bound, color="#D55E00", marker="v", label="bound eta S² / 2")
+    axes[2].set(xscale="log", yscale="log", xlabel="dual step (Newton's steps)", ylabel="D(lambda) - D(lambda*) (reward)")
+    for ax in axes:
+        ax.legend(fontsize=8)
+    return axes
+
+
+def rates(axes, pairs, rounds):
+    """Two axes, log-log: |suboptimality| and |violation| against pairs (`rates.in_pairs`) and against rounds
+    (`rates.in_rounds`), root mean squares over seeds with the range of seeds, and lines of slope -1/2 and -1."""
+
+    def line(ax, rows, x, y, **look):
+        grouped = rows.assign(size=rows[y].abs().clip(1e-9)).groupby(x)["size"]
+        rms = grouped.apply(lambda v: np.sqrt((v**2).mean()))
+        ax.plot(rms, **look)
+        ax.fill_between(rms.index, grouped.min(), grouped.max(), color=look["color"], alpha=0.15, linewidth=0)
+        return rms
+
+    names = (("suboptimality", "#0072B2"), ("violation", "#D55E00"))
+    true, learned = (pairs[pairs.dual == name] for name in ("true cost", "learned cost"))
+    first = line(axes[0], true, "n", "suboptimality", color="#0072B2", marker="o", label="suboptimality, cost measured")
+    line(axes[0], learned, "n", "suboptimality", color="#56B4E9", marker="s", label="suboptimality, cost learned")
+    second = line(axes[0], learned, "n", "violation", color="#D55E00", marker="v", label="violation, cost learned")
+    for start, power in ((first, -1), (second, -0.5)):
+        x = start.index.to_numpy(float)[-3:]
+        axes[0].plot(x, 2.5 * start.iloc[-1] * (x / x[-1]) ** power, ":", color=OPTIMUM)
+        axes[0].annotate(f"slope {power:g}", (x[0], 2.5 * start.iloc[-1] * (x[0] / x[-1]) ** power), fontsize=9)
+    for (output, style), (key, colour) in itertools.product((("random iterate", "-"), ("last iterate", "--")), names):
+        rows = rounds[(rounds.output == output) & (rounds.votes == 0)]
+        line(axes[1], rows, "k", key, color=colour, linestyle=style, label=f"{key}, {output}")
+    voted = rounds[(rounds.output == "random iterate") & (rounds.votes > 0)]
+    if len(voted):
+        line(axes[1], voted, "k", "violation", color="#E69F00", linestyle="-.", label="violation, random iterate, votes")
+    k = np.array([10.0, rounds.k.max()])
+    axes[1].plot(k, 6 * k**-0.5, ":", color=OPTIMUM)
+    axes[1].annotate("slope -0.5", (k[0], 6 * k[0] ** -0.5), fontsize=9)
+    axes[0].set(xlabel="pairs N, for the reward and for the cost", ylabel="reward, or logits of cost")
+    axes[1].set(xlabel="rounds K", ylim=(1e-5, None))
+    for ax in axes:
+        ax.set(xscale="log", yscale="log")
+        ax.legend(fontsize=8, loc="lower left")
+    return axes
+
+
+def sensitivity(axes, table):
+    """Axes (2, 6) from `theory.sensitivity`: the true violation (above) and the gap (below) of the policy that is
+    optimal for a wrong cost, by the kind and the size of what is wrong. Budgets that cannot be met are crosses."""
+    columns = (("bias", "constant added to c (logits)"), ("scale", "factor on c"),
+               ("flipped labels", "share of flipped labels"), ("coverage", "share of pi_ref with labels"),
+               ("beta", "beta, c too low by 0.5"), ("budget", "budget d, c too low by 0.5"))  # fmt: skip
+    for (kind, name), pair in zip(columns, np.transpose(axes), strict=True):
+        for label, rows in table[table.distortion.str.startswith(kind)].groupby("distortion", sort=False):
+            style = {"linestyle": "--" if "," in label else "-", "marker": ".", "label": label.removeprefix(f"{kind}, ")}
+            met = rows[rows.attainable]
+            pair[0].plot(met.value, met.violation, color="#D55E00", **style)
+            pair[1].plot(met.value, met.gap, color="#0072B2", **style)
+            pair[0].plot(rows[~rows.attainable].value, rows[~rows.attainable].violation, "x", color=OPTIMUM)
+        pair[0].axhline(0, color=BUDGET, linestyle="--", linewidth=1.5)
+        pair[1].set(xlabel=name)
+        if kind == "scale":
+            pair[1].legend(fontsize=8)
+        if kind in ("beta", "scale"):
+            pair[1].set_xscale("log")
+    axes[0][0].set(ylabel="true violation\nE[c] - d (logits)")
+    axes[1][0].set(ylabel="gap (%)")
+    return axes

@@ -11,21 +11,21 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.sparse import csr_matrix
-from scipy.stats import t as student
 
 from cdpo_utils import bench, dual, exact, theory
 
 RIDGE = 1.0  # times |theta|^2 / 2, beside a *sum* of N losses: in the place of the theorem's bounded classes
 
 
-def features(world_sizes=theory.SIZES, seed=0):
+def features(seed=0):
     """Active features of each training prompt and answer, integers (P, A, 5), and their number.
 
     phi is one-hot in task x tool, object x tool, situation x manner, task x closing and tool x protection: the blocks
     in which `bench.make_world` adds up reward and harm; their main effects are sums of these.
     """
-    n = [world_sizes[f"n_{name}"] for name in ("tasks", "objects", "situations", "tools", "manners", "protections", "closings")]
-    rows = bench.make_world(seed, **world_sizes).train
+    names = ("tasks", "objects", "situations", "tools", "manners", "protections", "closings")
+    n = [theory.SIZES[f"n_{name}"] for name in names]
+    rows = bench.make_world(seed, **theory.SIZES).train
     task, thing, situation = (i[rows][:, None] for i in np.unravel_index(np.arange(np.prod(n[:3])), n[:3]))
     tool, manner, guard, closing = (i[None] for i in np.unravel_index(np.arange(np.prod(n[3:])), n[3:]))
     blocks = [(task, tool, n[0], n[3]), (thing, tool, n[1], n[3]), (situation, manner, n[2], n[4]),
@@ -138,36 +138,37 @@ def in_pairs(truth, active, size, ns, seeds):
     return pd.DataFrame(rows)
 
 
-def in_rounds(truth, ks, votes=0, seed=0):
+def in_rounds(truth, ks, seed, votes=0):
     """K rounds with the true reward and cost, lam from 0 by steps of `theory.newton_step` / sqrt(K), projected to
-    [0, 2 rho]: a DataFrame with columns k, output, suboptimality, violation.
+    [0, 2 rho]: a DataFrame with columns k, seed, output, votes, suboptimality, violation.
 
     output "random iterate": the mean of J and C over the rounds, what a policy picked at random from them attains in
-    expectation; "mixture": the policy that picks anew for each answer; "last iterate". With votes > 0 the cost of a
-    round comes from that many binary labels of one sampled answer to each prompt (`dual.logit_cost`), else exactly.
+    expectation; "last iterate". With votes > 0 the cost of a round is told by so many binary labels of one sampled
+    answer to each prompt (`dual.logit_cost`), else exactly.
     """
     limit, rows = 2 * slater_bound(truth), []
     rng = np.random.default_rng([seed, 14])
     for k in ks:
-        lam, found, total = 0.0, [], 0.0
+        lam, found = 0.0, []
         for _ in range(k):
             logps = exact.gibbs(truth.ref_logps, exact.lagrangian_score(truth.reward, truth.costs, lam), truth.beta)
             found.append(judged(truth, logps))
-            total = total + np.exp(logps)
             seen = found[-1][1]
             if votes:
                 cost = np.take_along_axis(truth.costs[..., 0], bench.draw_answers(logps, 1, rng), 1)
                 seen = dual.logit_cost(rng.binomial(votes, bench.sigmoid(cost)), votes).mean() - truth.budget[0]
             lam = min(limit, float(dual.dual_step(lam, seen, theory.newton_step(truth) / np.sqrt(k))))
-        outputs = {"random iterate": np.mean(found, 0), "mixture": judged(truth, np.log(total / k)),
-                   "last iterate": found[-1]}  # fmt: skip
-        rows += [{"k": k, "output": name, "suboptimality": s, "violation": v} for name, (s, v) in outputs.items()]
+        for name, (s, v) in (("random iterate", np.mean(found, 0)), ("last iterate", found[-1])):
+            rows.append({"k": k, "seed": seed, "output": name, "votes": votes, "suboptimality": s, "violation": v})
     return pd.DataFrame(rows)
 
 
-def slope(frame, x, y, smallest, by="seed"):
-    """Slope of log |y| in log x for x >= smallest, per `by`: mean over them and half width of its 95 % interval."""
-    kept = frame[(frame[x] >= smallest) & (frame[y].abs() > 0)]
-    slopes = [np.polyfit(np.log(g[x]), np.log(g[y].abs()), 1)[0] for _, g in kept.groupby(by)]
-    width = student.ppf(0.975, len(slopes) - 1) * np.std(slopes, ddof=1) / np.sqrt(len(slopes)) if len(slopes) > 1 else np.nan
-    return float(np.mean(slopes)), float(width)
+def slope(frame, x, y, smallest, draws=2000):
+    """Slope of the root mean square of y over seeds against x, log-log, for x >= smallest, and its 95 % interval from
+    resampled seeds: (slope, low, high)."""
+    wide = frame[frame[x] >= smallest].pivot(index=x, columns="seed", values=y)
+    values, at = wide.to_numpy() ** 2, np.log(wide.index.to_numpy(float))
+    picked = np.random.default_rng(0).integers(0, values.shape[1], (draws, values.shape[1]))
+    resampled = np.polyfit(at, np.log(values[:, picked].mean(-1)) / 2, 1)[0]
+    whole = np.polyfit(at, np.log(values.mean(1)) / 2, 1)[0]
+    return float(whole), *map(float, np.quantile(resampled, [0.025, 0.975]))

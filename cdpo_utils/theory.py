@@ -226,10 +226,37 @@ def sensitivity(truth, bias=-0.5):
         exact.gibbs(truth.ref_logps, truth.reward, truth.beta), truth.costs
     )[0]
     rows = [("bias", b, truth, truth.costs + b) for b in np.linspace(-1, 1, 21)]
-    rows += [("scale", s, truth, s * truth.costs) for s in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)]
+    for d in (truth.budget[0], truth.budget[0] - 1):  # at a budget of 0 a multiplier takes the scale up
+        rows += [(f"scale, d = {d:g}", s, at(truth, budget=d), s * truth.costs) for s in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)]
     rows += [("flipped labels", q, truth, flipped(truth.costs, q)) for q in np.linspace(0, 0.45, 10)]
     rows += [("coverage", s, truth, covered(truth, s)) for s in np.linspace(1, 0.1, 10)]
     rows += [("beta", b, at(truth, beta=b), truth.costs + bias) for b in np.geomspace(0.05, 5, 13)]
     budgets = np.linspace(low - 0.2, free + 0.6, 25)
     rows += [("budget", d, at(truth, budget=d), truth.costs + bias) for d in budgets]
     return pd.DataFrame([{"distortion": kind, "value": float(v), **judged(t, costs)} for kind, v, t, costs in rows])
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def draw_figures(found, out):
+    """A CSV and a PNG of each figure's data, {name: DataFrame}, into the folder `out`."""
+    import matplotlib.pyplot as plt
+
+    from cdpo_utils import plots
+
+    lam_star = float(found["oscillation"].lam_star.iloc[0])
+    for name, shape, size, draw in (
+        ("model_gap", (1, 2), (11, 4), lambda axes: plots.gap_by_size(axes, found["model_gap"])),
+        ("oscillation", (1, 4), (13, 3.4), lambda axes: plots.multiplier_updates(axes, found["oscillation"], lam_star)),
+        ("steps", (1, 3), (14, 4), lambda axes: plots.step_sweep(axes, found["steps"])),
+        ("rates", (1, 2), (12, 4.8), lambda axes: plots.rates(axes, found["pairs"], found["rounds"])),
+        ("sensitivity", (2, 6), (15, 5.2), lambda axes: plots.sensitivity(axes, found["sensitivity"])),
+    ):
+        fig, axes = plt.subplots(*shape, figsize=size, sharey="row" if name in ("oscillation", "sensitivity") else False)
+        draw(axes)
+        fig.tight_layout()
+        fig.savefig(out / f"{name}.png", dpi=100)
+        plt.close(fig)
+    for name, frame in found.items():
+        frame.to_csv(out / f"{name}.csv", index=False)
