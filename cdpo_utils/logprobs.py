@@ -185,7 +185,7 @@ def enumerate_logps(model, prompt_ids, answer_ids, chunk=48, batch_tokens=BATCH_
 
 
 def trie_logps(model, prompt_ids, trie):
-    """log pi(answer | prompt), float64 (P, A), of the answers of one `build_trie`; carries a gradient where one is taken.
+    """log pi(answer | prompt), a float64 tensor (P, A) with its gradient, for the answers of one `build_trie`.
 
     The trie is laid out as one sequence behind the prompt, with a mask that shows a node its prompt and its ancestors.
     """

@@ -83,7 +83,7 @@ def table(lab, model):
 
 def minimise(model, loss, steps):
     """Up to `steps` iterations of L-BFGS on loss() in the trainable weights: the gain of the last tenth of its
-    evaluations, and the norm of the gradient at the end. What is not zero there is owed to the optimiser, not the class.
+    evaluations, and the norm of the gradient at the end. What is not zero there is the optimiser's part in a gap.
     """
     weights, values = [p for p in model.parameters() if p.requires_grad], []
     optimiser = torch.optim.LBFGS(weights, max_iter=steps, max_eval=2 * steps, history_size=20, tolerance_grad=0,
@@ -148,9 +148,10 @@ def largest(truth):
 
 
 def bounds(truth, nu, lam):
-    """What nu allows. `duality`: (M + beta + M lam) nu, Theorems 1 and 2. `violation`: M sqrt(2 duality / beta), since
-    D(lam) - L(theta, lam) = beta KL(pi_theta || pi_lam), Pinsker's inequality, and |c - d| <= M: the sqrt(nu) of Theorems
-    3 and 4 with a constant of its own. `objective`: duality + lam violation. `lam`: Lemma 4 with D'' at the optimum."""
+    """What nu allows. `duality`: (M + beta + M lam) nu, Theorems 1 and 2; the proof compares pi_lam with one model,
+    so nu at that policy suffices. `violation`: M sqrt(2 duality / beta), from D(lam) - L(theta, lam) =
+    beta KL(pi_theta || pi_lam), Pinsker's inequality and |c - d| <= M: the sqrt(nu) of Theorems 3 and 4, with our
+    constant. `objective`: duality + lam violation. `lam`: Lemma 4, with D'' at the optimum."""
     m = largest(truth)
     duality = (m + truth.beta + m * lam) * nu
     violation = m * np.sqrt(2 * duality / truth.beta)
@@ -201,3 +202,15 @@ def by_size(world, beta, budget, classes, fit_steps, steps, rounds):
     reference is fitted with `fit_steps`, too."""
     calls = [(world, beta, budget, fit_steps, *member, fit_steps, steps, rounds) for member in classes]
     return pd.DataFrame(workers.side_by_side(measure_one, calls))
+
+
+def optimality(table):
+    """Theorems 3 and 4 in numbers: how far the one-shot policy (at lam*) and the multi-shot one (at lam*_p) of each row
+    of `by_size` are from the optimum, and what `bounds` allows; all absolute."""
+    shown = table[["class", "size", "seed", "nu"]].copy()
+    shown["|lam_p - lam*|"] = (table.multi_lam - table.lam_star).abs()
+    for shot in ("one", "multi"):
+        for key in ("objective", "reward"):
+            shown[f"{shot} {key}"] = (table[f"{shot}_{key}"] - table[f"{key}_star"]).abs()
+        shown[f"{shot} violation"] = table[f"{shot}_violation"].abs()
+    return shown.join(table[["lam_bound", "objective_bound", "violation_bound"]])

@@ -390,7 +390,7 @@ def gap_by_size(axes, table):
 def multiplier_updates(axes, paths, lam_star):
     """Lambda over primal updates, one axis for each path of `theory.oscillation`, and the exact lambda*."""
     for ax, (name, path) in zip(axes, paths.groupby("path", sort=False), strict=True):
-        ax.plot(path.updates, path.lam, color=LAMBDA, marker="o" if len(path) < 20 else None, drawstyle="steps-post")
+        ax.plot(path.updates, path.lam, color=LAMBDA, marker="o" if len(path) < 20 else None, drawstyle="steps-pre")
         ax.axhline(lam_star, color=OPTIMUM, linestyle=":", label=f"lambda* = {lam_star:.3f}")
         ax.set_title(name.replace(", ", ",\n"), fontsize=10)
         ax.set(xlabel="primal updates")
@@ -406,16 +406,28 @@ def step_sweep(axes, table):
     for name, colour, marker in (("warm", "#0072B2", "o"), ("cold", "#D55E00", "s")):
         label = "from the last policy" if name == "warm" else "from the reference"
         axes[0].plot(sweeps[name].value, sweeps[name].gap.clip(1e-8), color=colour, marker=marker, label=label)
-    axes[0].set(xscale="log", yscale="log", xlabel="primal updates a round", ylabel="gap after the last round (%)")
+    axes[0].set(
+        xscale="log",
+        yscale="log",
+        xlabel="primal updates a round",
+        ylabel="gap after the last round (%)\n1e-8 is rounding",
+    )
     exactly, sampled = sweeps["exact slope"], sweeps["sampled slope"]
     axes[1].plot(exactly.value, exactly.violation.abs().clip(1e-10), color="#0072B2", marker="o", label="exact slope")
     axes[1].axvline(2, color=REFERENCE, linewidth=1, label="2: limit of stability")
-    axes[1].set(xscale="log", yscale="log", xlabel="dual step (Newton's steps)", ylabel="|E[c] - d| after the last round")
+    axes[1].set(
+        xscale="log",
+        yscale="log",
+        xlabel="dual step (Newton's steps)",
+        ylabel="|E[c] - d| after the last round\n1e-10 is rounding",
+    )
     axes[2].plot(sampled.value, sampled.dual, "o", color="#0072B2", markersize=4, alpha=0.6)
     means = sampled.groupby("value")[["dual", "bound"]].mean()
     axes[2].plot(means.dual, color="#0072B2", label="measured, mean of late rounds")
     axes[2].plot(means.bound, color="#D55E00", marker="v", label="bound eta S² / 2")
-    axes[2].set(xscale="log", yscale="log", xlabel="dual step (Newton's steps)", ylabel="D(lambda) - D(lambda*) (reward)")
+    axes[2].set(
+        xscale="log", yscale="log", xlabel="dual step (Newton's steps)", ylabel="D(lambda) - D(lambda*) (reward)"
+    )
     for ax in axes:
         ax.legend(fontsize=8)
     return axes
@@ -423,34 +435,39 @@ def step_sweep(axes, table):
 
 def rates(axes, pairs, rounds):
     """Two axes, log-log: |suboptimality| and |violation| against pairs (`rates.in_pairs`) and against rounds
-    (`rates.in_rounds`), root mean squares over seeds with the range of seeds, and lines of slope -1/2 and -1."""
+    (`rates.in_rounds`), root mean squares over seeds with 95 % intervals from resampled seeds, and lines to compare."""
 
-    def line(ax, rows, x, y, **look):
-        grouped = rows.assign(size=rows[y].abs().clip(1e-9)).groupby(x)["size"]
-        rms = grouped.apply(lambda v: np.sqrt((v**2).mean()))
-        ax.plot(rms, **look)
-        ax.fill_between(rms.index, grouped.min(), grouped.max(), color=look["color"], alpha=0.15, linewidth=0)
+    def line(ax, rows, x, y, colour, label, style="-", marker=None):
+        wide = rows.pivot(index=x, columns="seed", values=y)
+        picked = np.random.default_rng(0).integers(0, wide.shape[1], (1000, wide.shape[1]))
+        rms = np.sqrt((wide**2).mean(axis=1))
+        low, high = np.quantile(np.sqrt((wide.to_numpy()[:, picked] ** 2).mean(-1)), [0.025, 0.975], axis=1)
+        ax.plot(rms, color=colour, linestyle=style, marker=marker, label=label)
+        ax.fill_between(rms.index, low, high, color=colour, alpha=0.2, linewidth=0)
         return rms
 
-    names = (("suboptimality", "#0072B2"), ("violation", "#D55E00"))
+    def guide(ax, rms, power, above):
+        x = rms.index.to_numpy(float)[[-3, -1]]
+        y = above * rms.iloc[-1] * (x / x[-1]) ** power
+        ax.plot(x, y, ":", color=OPTIMUM)
+        ax.annotate(f"slope {power:g}", (x[0], y[0]), fontsize=9, ha="right")
+
     true, learned = (pairs[pairs.dual == name] for name in ("true cost", "learned cost"))
-    first = line(axes[0], true, "n", "suboptimality", color="#0072B2", marker="o", label="suboptimality, cost measured")
-    line(axes[0], learned, "n", "suboptimality", color="#56B4E9", marker="s", label="suboptimality, cost learned")
-    second = line(axes[0], learned, "n", "violation", color="#D55E00", marker="v", label="violation, cost learned")
-    for start, power in ((first, -1), (second, -0.5)):
-        x = start.index.to_numpy(float)[-3:]
-        axes[0].plot(x, 2.5 * start.iloc[-1] * (x / x[-1]) ** power, ":", color=OPTIMUM)
-        axes[0].annotate(f"slope {power:g}", (x[0], 2.5 * start.iloc[-1] * (x[0] / x[-1]) ** power), fontsize=9)
-    for (output, style), (key, colour) in itertools.product((("random iterate", "-"), ("last iterate", "--")), names):
+    guide(
+        axes[0], line(axes[0], true, "n", "suboptimality", "#0072B2", "suboptimality, cost measured", "-", "o"), -1, 0.3
+    )
+    line(axes[0], learned, "n", "suboptimality", "#56B4E9", "suboptimality, cost learned", "--", "s")
+    guide(axes[0], line(axes[0], learned, "n", "violation", "#D55E00", "violation, cost learned", "-", "v"), -0.5, 4)
+    for output, style in (("last iterate", "--"), ("random iterate", "-")):
         rows = rounds[(rounds.output == output) & (rounds.votes == 0)]
-        line(axes[1], rows, "k", key, color=colour, linestyle=style, label=f"{key}, {output}")
-    voted = rounds[(rounds.output == "random iterate") & (rounds.votes > 0)]
-    if len(voted):
-        line(axes[1], voted, "k", "violation", color="#E69F00", linestyle="-.", label="violation, random iterate, votes")
-    k = np.array([10.0, rounds.k.max()])
-    axes[1].plot(k, 6 * k**-0.5, ":", color=OPTIMUM)
-    axes[1].annotate("slope -0.5", (k[0], 6 * k[0] ** -0.5), fontsize=9)
-    axes[0].set(xlabel="pairs N, for the reward and for the cost", ylabel="reward, or logits of cost")
+        line(axes[1], rows, "k", "suboptimality", "#0072B2", f"suboptimality, {output}", style)
+        rms = line(axes[1], rows, "k", "violation", "#D55E00", f"violation, {output}", style)
+        voted = rounds[(rounds.output == output) & (rounds.votes > 0)]
+        line(axes[1], voted, "k", "violation", "#E69F00", f"violation, {output}, votes", style)
+    guide(axes[1], rms, -0.5, 4)
+    axes[0].set(
+        xlabel="pairs N for the reward, and as many for the cost", ylabel="|J* - J| (reward), |E[c] - d| (logits)"
+    )
     axes[1].set(xlabel="rounds K", ylim=(1e-5, None))
     for ax in axes:
         ax.set(xscale="log", yscale="log")
@@ -459,24 +476,30 @@ def rates(axes, pairs, rounds):
 
 
 def sensitivity(axes, table):
-    """Axes (2, 6) from `theory.sensitivity`: the true violation (above) and the gap (below) of the policy that is
-    optimal for a wrong cost, by the kind and the size of what is wrong. Budgets that cannot be met are crosses."""
-    columns = (("bias", "constant added to c (logits)"), ("scale", "factor on c"),
-               ("flipped labels", "share of flipped labels"), ("coverage", "share of pi_ref with labels"),
-               ("beta", "beta, c too low by 0.5"), ("budget", "budget d, c too low by 0.5"))  # fmt: skip
-    for (kind, name), pair in zip(columns, np.transpose(axes), strict=True):
-        for label, rows in table[table.distortion.str.startswith(kind)].groupby("distortion", sort=False):
-            style = {"linestyle": "--" if "," in label else "-", "marker": ".", "label": label.removeprefix(f"{kind}, ")}
-            met = rows[rows.attainable]
-            pair[0].plot(met.value, met.violation, color="#D55E00", **style)
-            pair[1].plot(met.value, met.gap, color="#0072B2", **style)
-            pair[0].plot(rows[~rows.attainable].value, rows[~rows.attainable].violation, "x", color=OPTIMUM)
-        pair[0].axhline(0, color=BUDGET, linestyle="--", linewidth=1.5)
-        pair[1].set(xlabel=name)
+    """Axes (4, 3) from `theory.sensitivity`: the true violation and, below it, the gap of the policy that is optimal
+    for a wrong cost, by the kind and the size of what is wrong. A budget that cannot be met is a cross."""
+    panels = (("bias", "constant added to c (logits)"), ("scale", "factor on c"),
+              ("flipped labels", "share of labels flipped"), ("coverage", "share of pi_ref that has labels"),
+              ("beta", "beta; c too low by 0.5"), ("budget", "budget d; c too low by 0.5"))  # fmt: skip
+    pairs = [(axes[2 * (k // 3)][k % 3], axes[2 * (k // 3) + 1][k % 3]) for k in range(6)]
+    for (kind, name), (above, below) in zip(panels, pairs, strict=True):
+        kinds = table[table.distortion.str.startswith(kind)].groupby("distortion", sort=False)
+        for (label, rows), style in zip(kinds, ("-", "--"), strict=False):
+            met, missed = rows[rows.attainable], rows[~rows.attainable]
+            label = label.removeprefix(f"{kind}, ")
+            above.plot(met.value, met.violation, style, marker=".", color="#D55E00", label=label)
+            below.plot(met.value, met.gap, style, marker=".", color="#0072B2", label=label)
+            above.plot(missed.value, missed.violation, "x", color=OPTIMUM, label="cannot be met")
+        above.axhline(0, color=BUDGET, linestyle="--", linewidth=1.5)
+        below.set(xlabel=name, ylim=(-0.04 * table[table.distortion.str.startswith(kind)].gap.max(), None))
         if kind == "scale":
-            pair[1].legend(fontsize=8)
+            below.legend(fontsize=8)
         if kind in ("beta", "scale"):
-            pair[1].set_xscale("log")
-    axes[0][0].set(ylabel="true violation\nE[c] - d (logits)")
-    axes[1][0].set(ylabel="gap (%)")
+            for ax in (above, below):
+                ticks = (0.5, 1, 2, 4) if kind == "scale" else (0.1, 0.3, 1, 3)
+                ax.set_xscale("log")
+                ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+                ax.set_xticks([], minor=True)
+    for row, label in enumerate(("true violation\nE[c] - d (logits)", "gap (%)") * 2):
+        axes[row][0].set(ylabel=label)
     return axes

@@ -165,10 +165,25 @@ def in_rounds(truth, ks, seed, votes=0):
 
 def slope(frame, x, y, smallest, draws=2000):
     """Slope of the root mean square of y over seeds against x, log-log, for x >= smallest, and its 95 % interval from
-    resampled seeds: (slope, low, high)."""
+    resampled seeds: a dict slope, low, high."""
     wide = frame[frame[x] >= smallest].pivot(index=x, columns="seed", values=y)
     values, at = wide.to_numpy() ** 2, np.log(wide.index.to_numpy(float))
     picked = np.random.default_rng(0).integers(0, values.shape[1], (draws, values.shape[1]))
     resampled = np.polyfit(at, np.log(values[:, picked].mean(-1)) / 2, 1)[0]
     whole = np.polyfit(at, np.log(values.mean(1)) / 2, 1)[0]
-    return float(whole), *map(float, np.quantile(resampled, [0.025, 0.975]))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return {"slope": float(whole), "low": float(low), "high": float(high)}
+
+
+def slopes(pairs, rounds, smallest_n=10_000, smallest_k=10):
+    """Fitted slopes of `in_pairs` and `in_rounds` beside the bound's -1/2: a DataFrame. Fewer pairs than `smallest_n`
+    are left out, where the ridge and not the labels decide, and what is zero up to rounding."""
+    rows = []
+    for name, part in pairs.groupby("dual"):
+        for y in ("suboptimality", "violation") if name == "learned cost" else ("suboptimality",):
+            rows.append({"in": "N", "what": f"{y}, {name}", "bound": -0.5, **slope(part, "n", y, smallest_n)})
+    for (output, votes), part in rounds.groupby(["output", "votes"]):
+        for y in ("suboptimality", "violation"):
+            what = f"{y}, {output}" + (f", {votes} votes" if votes else "")
+            rows.append({"in": "K", "what": what, "bound": -0.5, **slope(part, "k", y, smallest_k)})
+    return pd.DataFrame(rows)

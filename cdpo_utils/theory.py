@@ -48,7 +48,7 @@ def at(truth, share=None, beta=None, budget=None):
 
 def solve_primal(ref_logps, reward, costs, budget, beta):
     """The problem as it is stated, over explicit probabilities and without its dual, by SLSQP: policy (P, A),
-    multipliers (m,), value. For tables of some dozens of entries. Raises RuntimeError where SLSQP gives up."""
+    multipliers (m,), value. For tables of some dozens of entries. Raises RuntimeError where SLSQP does not arrive."""
     prompts, answers = ref_logps.shape
 
     def loss(p):
@@ -64,13 +64,17 @@ def solve_primal(ref_logps, reward, costs, budget, beta):
         {"type": "eq", "fun": lambda p: rows @ p - 1, "jac": lambda p: rows},
         {"type": "ineq", "fun": lambda p: budget - per_cost @ p, "jac": lambda p: -per_cost},
     ]
-    bounds = [(1e-9, 1)] * ref_logps.size
-    options = {"ftol": 1e-12, "maxiter": 500}
-    found = minimize(loss, np.exp(ref_logps).ravel(), jac=slope, method="SLSQP", bounds=bounds,
-                     constraints=constraints, options=options)  # fmt: skip
-    if not found.success:
-        raise RuntimeError(f"solve_primal: {found.message}")
-    return found.x.reshape(prompts, answers), found.multipliers[prompts:], -found.fun
+    p, before = np.exp(ref_logps).ravel(), np.inf
+    for _ in range(8):  # SLSQP stops early where some probabilities are tiny: let it go on from where it stopped
+        found = minimize(loss, np.maximum(p, 1e-12), jac=slope, method="SLSQP", bounds=[(1e-12, 1)] * p.size,
+                         constraints=constraints, options={"ftol": 1e-15, "maxiter": 500})  # fmt: skip
+        p, gain, before = found.x, before - found.fun, found.fun
+        if gain < 1e-13:
+            break
+    missed = max(np.abs(rows @ p - 1).max(), (per_cost @ p - budget).max())
+    if missed > 1e-9 or gain > 1e-9:
+        raise RuntimeError(f"solve_primal: a constraint is missed by {missed:.1e}, the last gain is {gain:.1e}")
+    return p.reshape(prompts, answers), found.multipliers[prompts:], -found.fun
 
 
 def part_of(truth, prompts, answers, seed):
@@ -222,12 +226,15 @@ def judged(truth, costs):
 def sensitivity(truth, bias=-0.5):
     """Rows of `judged` for one distortion at a time: columns distortion, value and those of `judged`. Over beta and the
     budget the cost is wrong by the constant `bias` (negative: harm looks smaller than it is)."""
-    low, free = truth.costs[..., 0].min(1).mean(), exact.expectation(
-        exact.gibbs(truth.ref_logps, truth.reward, truth.beta), truth.costs
-    )[0]
+    low, free = (
+        truth.costs[..., 0].min(1).mean(),
+        exact.expectation(exact.gibbs(truth.ref_logps, truth.reward, truth.beta), truth.costs)[0],
+    )
     rows = [("bias", b, truth, truth.costs + b) for b in np.linspace(-1, 1, 21)]
     for d in (truth.budget[0], truth.budget[0] - 1):  # at a budget of 0 a multiplier takes the scale up
-        rows += [(f"scale, d = {d:g}", s, at(truth, budget=d), s * truth.costs) for s in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4)]
+        rows += [
+            (f"scale, d = {d:g}", s, at(truth, budget=d), s * truth.costs) for s in (0.4, 0.5, 0.75, 1, 1.5, 2, 3, 4)
+        ]
     rows += [("flipped labels", q, truth, flipped(truth.costs, q)) for q in np.linspace(0, 0.45, 10)]
     rows += [("coverage", s, truth, covered(truth, s)) for s in np.linspace(1, 0.1, 10)]
     rows += [("beta", b, at(truth, beta=b), truth.costs + bias) for b in np.geomspace(0.05, 5, 13)]
@@ -238,25 +245,105 @@ def sensitivity(truth, bias=-0.5):
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
+FULL = {
+    "seeds": range(5), "betas": (0.3, 1.0, 3.0), "shares": (0.2, 0.5, 0.8),
+    "classes": [("width", w, s) for w in (4, 8, 16, 32, 64, 128, 256) for s in (0, 1) if w < 128 or s == 0]
+    + [("rank", r, 0) for r in (1, 2, 4, 8, 16)],
+    "fit_steps": 200, "steps": 60, "rounds": 4,  # L-BFGS iterations of a fit and of a round, dual rounds
+    "inner": (1, 2, 4, 8, 16, 32, 64), "factors": (0.03, 0.1, 0.3, 0.6, 1.0, 1.5, 1.9, 2.1, 2.5),
+    "pairs": (100, 300, 1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000),
+    "ks": (1, 3, 10, 30, 100, 300), "rate_seeds": range(10), "votes": 10,
+}  # fmt: skip
+
+
+def everything(size):
+    """All parts at the sizes of a dict like FULL: {name: DataFrame}, printing a table of each as it is done."""
+    from cdpo_utils import model_gap, rates
+
+    started, truth, found = time.time(), tables(), {}
+
+    def done(title, frame, digits=4):
+        print(f"\n{title} [{time.time() - started:.0f} s]\n{frame.round(digits).to_string(index=False)}", flush=True)
+
+    found["duality"] = strong_duality(size["seeds"], size["betas"], size["shares"])
+    worst = (
+        found["duality"].groupby("constraints").agg("max")[["|J - D|", "violation", "|primal - D|", "|multipliers|"]]
+    )
+    done(f"1 strong duality: largest of {len(found['duality'])} problems", worst.reset_index(), 12)
+
+    members, steps, rounds = size["classes"], size["steps"], size["rounds"]
+    found["model_gap"] = model_gap.by_size(0, 1.0, 0.0, members, size["fit_steps"], steps, rounds)
+    shown = ["class", "size", "seed", "weights", "l1_max", "l1_mean", "kl", "gap", "duality_bound", "gain", "gradient"]
+    done("2 parametrization gap: nu at pi*, P* - D*_p, its bound", found["model_gap"][shown], 6)
+    power = np.polyfit(np.log(found["model_gap"].nu), np.log(found["model_gap"].gap), 1)[0]
+    print(f"the gap grows as nu^{power:.2f} from class to class, the bound as nu^1")
+    found["optimality"] = model_gap.optimality(found["model_gap"])
+    done("3 near-optimal multipliers: distances from the optimum and their bounds", found["optimality"], 5)
+
+    lam_star = float(truth.optimum.lam[0])
+    found["oscillation"] = oscillation(truth).assign(lam_star=lam_star)
+    last = found["oscillation"].groupby("path", sort=False).tail(1)
+    done(f"4 inexact maximiser: after the last update, lambda* = {lam_star:.6f}", last.drop(columns="lam_star"), 8)
+    found["steps"] = step_sweep(truth, size["inner"], size["factors"], size["seeds"])
+    means = found["steps"].drop(columns="seed").groupby(["sweep", "value"], as_index=False).mean()
+    done("4 primal and dual steps, means over seeds", means, 8)
+
+    active, number = rates.features()
+    residual = max(rates.linearity(active, number, v) for v in (truth.reward, truth.costs[..., 0]))
+    print(f"\n5 {number} features; reward and cost are linear in them up to {residual:.0e}")
+    found["pairs"] = rates.in_pairs(truth, active, number, size["pairs"], size["rate_seeds"])
+    worlds = {seed: tables(seed) for seed in size["rate_seeds"]}
+    found["rounds"] = pd.concat([rates.in_rounds(world, size["ks"], seed, votes)
+                                 for votes in (0, size["votes"]) for seed, world in worlds.items()])  # fmt: skip
+    found["slopes"] = rates.slopes(found["pairs"], found["rounds"])
+    done("5 rates: slopes in log-log, 95 % over seeds", found["slopes"], 3)
+
+    found["sensitivity"] = sensitivity(truth)
+    done("6 sensitivity: every other row", found["sensitivity"][::2])
+    return found
+
 
 def draw_figures(found, out):
-    """A CSV and a PNG of each figure's data, {name: DataFrame}, into the folder `out`."""
+    """The data as CSV and the pictures as PNG, from `everything`, into the folder `out`."""
     import matplotlib.pyplot as plt
 
     from cdpo_utils import plots
 
     lam_star = float(found["oscillation"].lam_star.iloc[0])
-    for name, shape, size, draw in (
-        ("model_gap", (1, 2), (11, 4), lambda axes: plots.gap_by_size(axes, found["model_gap"])),
-        ("oscillation", (1, 4), (13, 3.4), lambda axes: plots.multiplier_updates(axes, found["oscillation"], lam_star)),
-        ("steps", (1, 3), (14, 4), lambda axes: plots.step_sweep(axes, found["steps"])),
-        ("rates", (1, 2), (12, 4.8), lambda axes: plots.rates(axes, found["pairs"], found["rounds"])),
-        ("sensitivity", (2, 6), (15, 5.2), lambda axes: plots.sensitivity(axes, found["sensitivity"])),
-    ):
-        fig, axes = plt.subplots(*shape, figsize=size, sharey="row" if name in ("oscillation", "sensitivity") else False)
+    for name, shape, size, share, draw in (
+        ("model_gap", (1, 2), (11, 4), "row", lambda axes: plots.gap_by_size(axes, found["model_gap"])),
+        ("oscillation", (1, 4), (13, 3.4), "row",
+         lambda axes: plots.multiplier_updates(axes, found["oscillation"], lam_star)),
+        ("steps", (1, 3), (14, 4), False, lambda axes: plots.step_sweep(axes, found["steps"])),
+        ("rates", (1, 2), (12, 4.8), False, lambda axes: plots.rates(axes, found["pairs"], found["rounds"])),
+        ("sensitivity", (4, 3), (10, 9), False, lambda axes: plots.sensitivity(axes, found["sensitivity"])),
+    ):  # fmt: skip
+        fig, axes = plt.subplots(*shape, figsize=size, sharey=share)
         draw(axes)
         fig.tight_layout()
-        fig.savefig(out / f"{name}.png", dpi=100)
+        fig.savefig(out / f"{name}.png")
         plt.close(fig)
     for name, frame in found.items():
         frame.to_csv(out / f"{name}.csv", index=False)
+
+
+def main(argv=None, size=FULL):
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m cdpo_utils.theory", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("build/theory"), help="folder of the CSV and PNG files")
+    out = parser.parse_args(argv).out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out {out}: {error.strerror}; expected a folder that can be written", file=sys.stderr)
+        return 2
+    started = time.time()
+    draw_figures(everything(size), out)
+    print(f"\n{time.time() - started:.0f} s; {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    from cdpo_utils import theory  # under the name by which the other modules know it
+
+    sys.exit(theory.main())
