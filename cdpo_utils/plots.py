@@ -390,7 +390,11 @@ def gap_by_size(axes, table):
 def multiplier_updates(axes, paths, lam_star):
     """Lambda over primal updates, one axis for each path of `theory.oscillation`, and the exact lambda*."""
     for ax, (name, path) in zip(axes, paths.groupby("path", sort=False), strict=True):
-        ax.plot(path.updates, path.lam, color=LAMBDA, marker="o" if len(path) < 20 else None, drawstyle="steps-pre")
+        updates, lam = (
+            np.r_[0, path.updates],
+            np.r_[path.lam.iloc[0], path.lam],
+        )  # each lambda ends where it is replaced
+        ax.plot(updates, lam, color=LAMBDA, marker="o" if len(path) < 20 else None, drawstyle="steps-pre")
         ax.axhline(lam_star, color=OPTIMUM, linestyle=":", label=f"lambda* = {lam_star:.3f}")
         ax.set_title(name.replace(", ", ",\n"), fontsize=10)
         ax.set(xlabel="primal updates")
@@ -450,7 +454,7 @@ def rates(axes, pairs, rounds):
         x = rms.index.to_numpy(float)[[-3, -1]]
         y = above * rms.iloc[-1] * (x / x[-1]) ** power
         ax.plot(x, y, ":", color=OPTIMUM)
-        ax.annotate(f"slope {power:g}", (x[0], y[0]), fontsize=9, ha="right")
+        ax.annotate(f"slope {power:g}", (x[0] / 1.1, y[0]), fontsize=9, ha="right", va="center")
 
     true, learned = (pairs[pairs.dual == name] for name in ("true cost", "learned cost"))
     guide(

@@ -88,7 +88,9 @@ def bradley_terry(active, size, pairs, ridge=RIDGE):
 
 def slater_bound(truth):
     """rho >= lam*, from strictly feasible policies: min over lam of (max J - J(pi_lam)) / (d - C(pi_lam)). The dual
-    steps of the loop are projected to [0, 2 rho]."""
+    steps of the loop are projected to [0, 2 rho]. Raises ValueError where no policy meets the budget."""
+    if not truth.optimum.feasible:
+        raise ValueError(f"slater_bound: budget {truth.budget[0]}; expected more than {truth.optimum.cost[0]:.3f}")
     best = truth.beta * np.logaddexp.reduce(truth.ref_logps + truth.reward / truth.beta, axis=1).mean()
     bounds = []
     for lam in (truth.optimum.lam[0] + 0.1) * np.geomspace(1, 30, 60):
@@ -177,7 +179,8 @@ def slope(frame, x, y, smallest, draws=2000):
 
 def slopes(pairs, rounds, smallest_n=10_000, smallest_k=10):
     """Fitted slopes of `in_pairs` and `in_rounds` beside the bound's -1/2: a DataFrame. Fewer pairs than `smallest_n`
-    are left out, where the ridge and not the labels decide, and what is zero up to rounding."""
+    are left out, where the ridge and not the labels decide, and the violation that measured costs leave, which is zero
+    up to rounding. What falls faster than any power, as the last iterate does, has a slope that depends on the range."""
     rows = []
     for name, part in pairs.groupby("dual"):
         for y in ("suboptimality", "violation") if name == "learned cost" else ("suboptimality",):
