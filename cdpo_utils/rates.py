@@ -180,7 +180,7 @@ def slope(frame, x, y, smallest, draws=2000):
 def slopes(pairs, rounds, smallest_n=10_000, smallest_k=10):
     """Fitted slopes of `in_pairs` and `in_rounds` beside the bound's -1/2: a DataFrame. Fewer pairs than `smallest_n`
     are left out, where the ridge and not the labels decide, and the violation that measured costs leave, which is zero
-    up to rounding. What falls faster than any power, as the last iterate does, has a slope that depends on the range."""
+    up to rounding. What falls faster than any power, as the last iterate does, has a slope of the range alone."""
     rows = []
     for name, part in pairs.groupby("dual"):
         for y in ("suboptimality", "violation") if name == "learned cost" else ("suboptimality",):
