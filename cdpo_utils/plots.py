@@ -451,7 +451,7 @@ def rates(axes, pairs, rounds):
         return rms
 
     def guide(ax, rms, power, above):
-        x = rms.index.to_numpy(float)[[-3, -1]]
+        x = rms.index.to_numpy(float)[[-min(3, len(rms)), -1]]
         y = above * rms.iloc[-1] * (x / x[-1]) ** power
         ax.plot(x, y, ":", color=OPTIMUM)
         ax.annotate(f"slope {power:g}", (x[0] / 1.1, y[0]), fontsize=9, ha="right", va="center")
