@@ -166,9 +166,8 @@ def build_trie(answers):
 def enumerate_logps(model, prompt_ids, answer_ids, chunk=48, batch_tokens=BATCH_TOKENS):
     """log pi(answer | prompt) for every prompt and every answer of one shared set, float64 numpy (P, A).
 
-    Answers are sorted and cut into chunks; each chunk is one trie, laid out as one sequence behind the prompt, with an
-    attention mask that lets a node see the prompt and its own ancestors only. Last tokens (end of turn) are scored but
-    need not be run. Prompts are left-padded. Equality with `response_logps` is tested.
+    Answers are sorted and cut into chunks; each chunk is one trie, see `trie_logps`. Last tokens (end of turn) are
+    scored but need not be run. Prompts are left-padded. Equality with `response_logps` is tested.
     """
     was_training = model.training
     model.eval()
@@ -180,12 +179,16 @@ def enumerate_logps(model, prompt_ids, answer_ids, chunk=48, batch_tokens=BATCH_
         per_batch = max(1, batch_tokens // (len(trie[0]) + max(map(len, prompt_ids))))
         for start in range(0, len(prompt_ids), per_batch):
             batch = prompt_ids[start : start + per_batch]
-            out[start : start + len(batch), columns] = _trie_logps(model, batch, trie)
+            out[start : start + len(batch), columns] = trie_logps(model, batch, trie).cpu().numpy()
     model.train(was_training)
     return out
 
 
-def _trie_logps(model, prompt_ids, trie):
+def trie_logps(model, prompt_ids, trie):
+    """log pi(answer | prompt), a float64 tensor (P, A) with its gradient, for the answers of one `build_trie`.
+
+    The trie is laid out as one sequence behind the prompt, with a mask that shows a node its prompt and its ancestors.
+    """
     token, parent, depth, paths = trie
     inner = np.isin(np.arange(len(token)), parent)  # leaves are scored, not run
     slot = np.cumsum(inner) - 1
@@ -210,5 +213,5 @@ def _trie_logps(model, prompt_ids, trie):
     before = torch.tensor(np.where(parent >= 0, slot[parent] + 1, 0), device=logits.device)  # 0 is the prompt's end
     normaliser = torch.logsumexp(logits, -1)
     chosen = logits[:, before, torch.tensor(token, device=logits.device)] - normaliser[:, before]
-    logps = torch.cat([chosen.double().cpu(), torch.zeros(b, 1, dtype=torch.float64)], 1)
-    return logps[:, torch.tensor(paths)].sum(-1).numpy()
+    logps = torch.cat([chosen.double(), chosen.new_zeros(b, 1, dtype=torch.float64)], 1)
+    return logps[:, torch.tensor(paths, device=logps.device)].sum(-1)

@@ -496,4 +496,145 @@ def online_rounds(axes, rows):
     axes[0].set(ylabel="probability of the rare answers", ylim=(-0.02, 1.02))
     axes[1].set(ylabel="gap to the exact optimum (percent)", ylim=(0, None))
     axes[0].legend(fontsize=9, loc="upper left")
+
+
+def gap_by_size(axes, table):
+    """Two axes, by width and by LoRA rank: the measured P* - D*_p, nu, and the theorem's bound on the former, log
+    scales; `table` is `model_gap.by_size`'s. A point per seed, lines through the least of them: a class is as good as
+    its best member."""
+    looks = (("duality_bound", "bound (M + beta + M lambda) nu", "#D55E00", "v"),
+             ("nu", "nu at pi*, largest over prompts", "#56B4E9", "s"),
+             ("gap", "measured P* - D*_p (reward)", OPTIMUM, "o"))  # fmt: skip
+    for ax, (kind, name) in zip(axes, (("width", "width of the model"), ("rank", "rank of LoRA")), strict=True):
+        rows = table[table["class"] == kind]
+        for key, label, colour, marker in looks:
+            ax.plot(rows["size"], rows[key], marker, color=colour, markersize=4, alpha=0.6)
+            ax.plot(rows.groupby("size")[key].min(), color=colour, marker=marker, label=label)
+        ax.set(xscale="log", yscale="log", xlabel=name, xticks=sorted(set(rows["size"])))
+        ax.set_xticks([], minor=True)
+        ax.set_xticklabels(sorted(set(rows["size"])))
+    axes[0].set(ylabel="reward; L1 distance for nu")
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return axes
+
+
+def multiplier_updates(axes, paths, lam_star):
+    """Lambda over primal updates, one axis for each path of `theory.oscillation`, and the exact lambda*."""
+    for ax, (name, path) in zip(axes, paths.groupby("path", sort=False), strict=True):
+        updates, lam = (
+            np.r_[0, path.updates],
+            np.r_[path.lam.iloc[0], path.lam],
+        )  # each lambda ends where it is replaced
+        ax.plot(updates, lam, color=LAMBDA, marker="o" if len(path) < 20 else None, drawstyle="steps-pre")
+        ax.axhline(lam_star, color=OPTIMUM, linestyle=":", label=f"lambda* = {lam_star:.3f}")
+        ax.set_title(name.replace(", ", ",\n"), fontsize=10)
+        ax.set(xlabel="primal updates")
+    axes[0].set(ylabel="multiplier lambda\n(reward per cost)")
+    axes[0].legend(fontsize=9, loc="lower right")
+    return axes
+
+
+def step_sweep(axes, table):
+    """Three axes from `theory.step_sweep`: gap by primal updates a round, warm and cold; |violation| and then
+    D(lambda) - D(lambda*) by dual step, with the exact slope and with a sampled one, the latter beside its bound."""
+    sweeps = {name: rows.sort_values("value") for name, rows in table.groupby("sweep")}
+    for name, colour, marker in (("warm", "#0072B2", "o"), ("cold", "#D55E00", "s")):
+        label = "from the last policy" if name == "warm" else "from the reference"
+        axes[0].plot(sweeps[name].value, sweeps[name].gap.clip(1e-8), color=colour, marker=marker, label=label)
+    axes[0].set(
+        xscale="log",
+        yscale="log",
+        xlabel="primal updates a round",
+        ylabel="gap after the last round (%)\n1e-8 is rounding",
+    )
+    exactly, sampled = sweeps["exact slope"], sweeps["sampled slope"]
+    axes[1].plot(exactly.value, exactly.violation.abs().clip(1e-10), color="#0072B2", marker="o", label="exact slope")
+    axes[1].axvline(2, color=REFERENCE, linewidth=1, label="2: limit of stability")
+    axes[1].set(
+        xscale="log",
+        yscale="log",
+        xlabel="dual step (Newton's steps)",
+        ylabel="|E[c] - d| after the last round\n1e-10 is rounding",
+    )
+    axes[2].plot(sampled.value, sampled.dual, "o", color="#0072B2", markersize=4, alpha=0.6)
+    means = sampled.groupby("value")[["dual", "bound"]].mean()
+    axes[2].plot(means.dual, color="#0072B2", label="measured, mean of late rounds")
+    axes[2].plot(means.bound, color="#D55E00", marker="v", label="bound eta S² / 2")
+    axes[2].set(
+        xscale="log", yscale="log", xlabel="dual step (Newton's steps)", ylabel="D(lambda) - D(lambda*) (reward)"
+    )
+    for ax in axes:
+        ax.legend(fontsize=8)
+    return axes
+
+
+def rates(axes, pairs, rounds):
+    """Two axes, log-log: |suboptimality| and |violation| against pairs (`rates.in_pairs`) and against rounds
+    (`rates.in_rounds`), root mean squares over seeds with 95 % intervals from resampled seeds, and lines to compare."""
+
+    def line(ax, rows, x, y, colour, label, style="-", marker=None):
+        wide = rows.pivot(index=x, columns="seed", values=y)
+        picked = np.random.default_rng(0).integers(0, wide.shape[1], (1000, wide.shape[1]))
+        rms = np.sqrt((wide**2).mean(axis=1))
+        low, high = np.quantile(np.sqrt((wide.to_numpy()[:, picked] ** 2).mean(-1)), [0.025, 0.975], axis=1)
+        ax.plot(rms, color=colour, linestyle=style, marker=marker, label=label)
+        ax.fill_between(rms.index, low, high, color=colour, alpha=0.2, linewidth=0)
+        return rms
+
+    def guide(ax, rms, power, above):
+        x = rms.index.to_numpy(float)[[-min(3, len(rms)), -1]]
+        y = above * rms.iloc[-1] * (x / x[-1]) ** power
+        ax.plot(x, y, ":", color=OPTIMUM)
+        ax.annotate(f"slope {power:g}", (x[0] / 1.1, y[0]), fontsize=9, ha="right", va="center")
+
+    true, learned = (pairs[pairs.dual == name] for name in ("true cost", "learned cost"))
+    guide(
+        axes[0], line(axes[0], true, "n", "suboptimality", "#0072B2", "suboptimality, cost measured", "-", "o"), -1, 0.3
+    )
+    line(axes[0], learned, "n", "suboptimality", "#56B4E9", "suboptimality, cost learned", "--", "s")
+    guide(axes[0], line(axes[0], learned, "n", "violation", "#D55E00", "violation, cost learned", "-", "v"), -0.5, 4)
+    for output, style in (("last iterate", "--"), ("random iterate", "-")):
+        rows = rounds[(rounds.output == output) & (rounds.votes == 0)]
+        line(axes[1], rows, "k", "suboptimality", "#0072B2", f"suboptimality, {output}", style)
+        rms = line(axes[1], rows, "k", "violation", "#D55E00", f"violation, {output}", style)
+        voted = rounds[(rounds.output == output) & (rounds.votes > 0)]
+        line(axes[1], voted, "k", "violation", "#E69F00", f"violation, {output}, votes", style)
+    guide(axes[1], rms, -0.5, 4)
+    axes[0].set(
+        xlabel="pairs N for the reward, and as many for the cost", ylabel="|J* - J| (reward), |E[c] - d| (logits)"
+    )
+    axes[1].set(xlabel="rounds K", ylim=(1e-5, None))
+    for ax in axes:
+        ax.set(xscale="log", yscale="log")
+        ax.legend(fontsize=8, loc="lower left")
+    return axes
+
+
+def sensitivity(axes, table):
+    """Axes (4, 3) from `theory.sensitivity`: the true violation and, below it, the gap of the policy that is optimal
+    for a wrong cost, by the kind and the size of what is wrong. A budget that cannot be met is a cross."""
+    panels = (("bias", "constant added to c (logits)"), ("scale", "factor on c"),
+              ("flipped labels", "share of labels flipped"), ("coverage", "share of pi_ref that has labels"),
+              ("beta", "beta; c too low by 0.5"), ("budget", "budget d; c too low by 0.5"))  # fmt: skip
+    pairs = [(axes[2 * (k // 3)][k % 3], axes[2 * (k // 3) + 1][k % 3]) for k in range(6)]
+    for (kind, name), (above, below) in zip(panels, pairs, strict=True):
+        kinds = table[table.distortion.str.startswith(kind)].groupby("distortion", sort=False)
+        for (label, rows), style in zip(kinds, ("-", "--"), strict=False):
+            met, missed = rows[rows.attainable], rows[~rows.attainable]
+            label = label.removeprefix(f"{kind}, ")
+            above.plot(met.value, met.violation, style, marker=".", color="#D55E00", label=label)
+            below.plot(met.value, met.gap, style, marker=".", color="#0072B2", label=label)
+            above.plot(missed.value, missed.violation, "x", color=OPTIMUM, label="cannot be met")
+        above.axhline(0, color=BUDGET, linestyle="--", linewidth=1.5)
+        below.set(xlabel=name, ylim=(-0.04 * table[table.distortion.str.startswith(kind)].gap.max(), None))
+        if kind == "scale":
+            below.legend(fontsize=8)
+        if kind in ("beta", "scale"):
+            for ax in (above, below):
+                ticks = (0.5, 1, 2, 4) if kind == "scale" else (0.1, 0.3, 1, 3)
+                ax.set_xscale("log")
+                ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+                ax.set_xticks([], minor=True)
+    for row, label in enumerate(("true violation\nE[c] - d (logits)", "gap (%)") * 2):
+        axes[row][0].set(ylabel=label)
     return axes
