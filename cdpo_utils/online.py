@@ -138,14 +138,15 @@ def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus
     now = {"rows": pd.DataFrame(), "drawn": lab.sample_reference(samples, schedule.seed)}  # the policy is still pi_ref
     stages, ends = [None, None], [None, None]
 
-    def train(stage, data, strength, before, k):
+    def train(stage, dataset, strength, before, k):
         """Stage 0 or 1 on its pairs, from where it ended."""
         if stages[stage] is None:
             stages[stage] = trainers.preference_trainer(
-                policy, lab.tokenizer, data, strength, schedule.batch_size, schedule.lr, schedule.seed, schedule.level
-            )
+                policy, lab.tokenizer, dataset, strength, schedule.batch_size, schedule.lr, schedule.seed,
+                schedule.level,
+            )  # fmt: skip
         policies.restore(policy, ends[stage] or before)
-        stages[stage].train_dataset, stages[stage].beta = data, strength
+        stages[stage].train_dataset, stages[stage].beta = dataset, strength
         steps = trainers.run_steps(stages[stage], schedule.round_steps, schedule.seed + k, schedule.lr)
         ends[stage] = policies.snapshot(policy)
         return steps
@@ -256,9 +257,9 @@ def main(argv=None):
             truth = made.truth("train", given.beta, given.budget)
             scoring.require_feasible({"train": truth})
             schedule = algorithms.Schedule(steps=given.steps, round_steps=given.steps, lr=3e-3, seed=seed)
-            sizes_of_a_round = given.rounds, given.pairs, given.samples, given.labels
+            numbers = given.rounds, given.pairs, given.samples, given.labels
             for method in given.methods:
-                row = run_one(method, made, truth, schedule, *sizes_of_a_round, given.bonus)
+                row = run_one(method, made, truth, schedule, *numbers, given.bonus)
                 rows.append(row)
                 print(
                     f"seed {seed} {method:15s} gap {row['gap']:5.1f} %  violation {row['violation_spreads']:+.3f} "
