@@ -1,5 +1,6 @@
-// Opens every page of a built book in Chromium, light and dark: node book/check.mjs build/book [path of chromium]
+// Opens every page of a built book in Chromium, light and dark: node book/check.mjs build/book [path of Chromium]
 // Prints a line per fault and ends with status 1 if there was one. Needs `npm install --prefix book`.
+import { execFileSync } from "node:child_process";
 import { existsSync, readdirSync } from "node:fs";
 import { createRequire } from "node:module";
 import { resolve } from "node:path";
@@ -7,11 +8,20 @@ import { fileURLToPath, pathToFileURL } from "node:url";
 import { chromium } from "playwright-core";
 
 const axe = createRequire(import.meta.url).resolve("axe-core/axe.min.js");
-const folder = resolve(process.argv[2] ?? "build/book"), executablePath = process.argv[3] ?? "/usr/bin/chromium";
+const folder = resolve(process.argv[2] ?? "build/book");
+const executablePath = process.argv[3] ?? ["chromium", "chromium-browser", "google-chrome"].map(which).find(Boolean);
+if (!executablePath || !existsSync(`${folder}/index.html`)) {
+  console.log(executablePath ? `no book in ${folder}: make book` : "no Chromium on the path");
+  process.exit(2);
+}
 const pages = readdirSync(folder).filter(name => name.endsWith(".html")).sort();
 const faults = new Set(), anchors = new Map(), links = [];
 const seen = {pages: pages.length, links: 0, images: 0, formulas: 0};
 const browser = await chromium.launch({executablePath, args: ["--no-sandbox"]});
+
+function which(command) {
+  try { return execFileSync("which", [command], {encoding: "utf8"}).trim(); } catch { return null; }
+}
 
 // What one page holds; runs in the browser.
 async function look() {

@@ -1,4 +1,4 @@
-"""Sphinx's settings for the book; `cdpo_utils.book` lays out the sources and calls it. Nothing comes from the network."""
+"""Sphinx's settings for the book, whose sources `cdpo_utils.book` lays out. Pages take nothing from the network."""
 
 from docutils import nodes
 
@@ -15,7 +15,10 @@ html_extra_path = ["extra"]  # copied as they are: the explorer
 html_show_sourcelink = html_copy_source = False
 
 mathjax_path = "tex-svg-full.js"  # one file, glyphs included
-mathjax3_config = {"options": {"enableMenu": False}}  # the menu's extras would be fetched when asked for
+mathjax3_config = {
+    "options": {"enableMenu": False},  # the menu's extras would be fetched when asked for
+    "tex": {"packages": {"[-]": ["noundefined"]}},  # an unknown macro is an error, which check.mjs finds
+}
 myst_enable_extensions = ["amsmath", "dollarmath"]
 myst_heading_anchors = 2
 

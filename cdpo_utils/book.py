@@ -6,8 +6,10 @@ Sphinx reads notebooks and Markdown through MyST. The site takes nothing from th
 """
 
 import argparse
+import importlib.util
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -63,7 +65,9 @@ def gather(run, folder, book, notebooks):
         raise NotReady(f"{run}: no executed {', '.join(missing)}; `make run` executes the whole series")
     mathjax = book / "node_modules" / "mathjax" / "es5" / "tex-svg-full.js"
     if not mathjax.is_file():
-        raise NotReady(f"no MathJax in {book}: npm install --prefix {book} fetches it (Node.js is needed for that alone)")
+        raise NotReady(
+            f"no MathJax in {book}: npm install --prefix {book} fetches it (Node.js is needed for that alone)"
+        )
     for name in names:
         notebook = nbformat.read(run / name, as_version=4)
         nbformat.write(as_page(notebook, name, names), folder / name)
@@ -86,21 +90,18 @@ def gather(run, folder, book, notebooks):
 
 
 def build(run, out, write_explorer=explorer.write):
-    """Build the site into `out` and return the path of its first page. Raises NotReady, also where a link leads nowhere."""
-    try:
-        from sphinx.application import Sphinx  # of the group `book`: nobody else needs it
-    except ImportError:
-        raise NotReady('Sphinx is not installed: pip install -c constraints.txt -e ".[book]"') from None
+    """Build the site into `out` and return the path of its first page. Raises NotReady, also for a link to nothing."""
+    if importlib.util.find_spec("sphinx") is None:
+        raise NotReady('Sphinx is not installed: pip install -c constraints.txt -e ".[book]"')
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "source"
         (source / "extra").mkdir(parents=True)
         gather(run, source, record.repo_root() / "book", record.repo_root() / "notebooks")
         write_explorer(source / "extra" / "explorer.html")
         shutil.rmtree(out, ignore_errors=True)  # no page of an earlier book stays behind
-        app = Sphinx(source, source, out, Path(scratch) / "doctrees", "html", status=None, warningiserror=True)
-        app.build()
-        if app.statuscode:
-            raise NotReady("Sphinx warned, see above: a link or a formula is wrong")
+        sphinx = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--builder", "html"]
+        if subprocess.run([*sphinx, "--doctree-dir", Path(scratch) / "doctrees", source, out]).returncode:
+            raise NotReady("Sphinx warned, see above: a link or a page is wrong")
     return out / "index.html"
 
 
