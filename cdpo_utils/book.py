@@ -7,6 +7,7 @@ Sphinx reads notebooks and Markdown through MyST. The site takes nothing from th
 
 import argparse
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -68,9 +69,12 @@ def gather(run, folder, book, notebooks):
         raise NotReady(
             f"no MathJax in {book}: npm install --prefix {book} fetches it (Node.js is needed for that alone)"
         )
+    where = run.resolve()
     for name in names:
-        notebook = nbformat.read(run / name, as_version=4)
-        nbformat.write(as_page(notebook, name, names), folder / name)
+        text = (run / name).read_text(encoding="utf-8").replace(json.dumps(str(where))[1:-1], f"runs/{where.name}")
+        nbformat.write(
+            as_page(nbformat.reads(text, as_version=4), name, names), folder / name
+        )  # no path of this machine
     (folder / "_static").mkdir()
     for file in mathjax, book / "book.css", book / "book.js":
         shutil.copy(file, folder / "_static")

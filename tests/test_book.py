@@ -76,8 +76,9 @@ def built(tmp_path):
         for path in NOTEBOOKS:
             notebook = nbformat.read(path, as_version=4)
             if path == NOTEBOOKS[0]:
-                output = v4.new_output("display_data", {"text/html": DRAWN.format(alt=alt)})
-                next(cell for cell in notebook.cells if cell.cell_type == "code").outputs = [output]
+                drawing = v4.new_output("display_data", {"text/html": DRAWN.format(alt=alt)})
+                saved = v4.new_output("stream", name="stdout", text=f"saved to {run / 'records' / 'x.json'}")
+                next(cell for cell in notebook.cells if cell.cell_type == "code").outputs = [drawing, saved]
             nbformat.write(notebook, run / path.name)
         out = tmp_path / "book"
         stand_in = '<!DOCTYPE html><html lang="en"><title>Explorer</title><h1>Explorer</h1>'
@@ -96,6 +97,8 @@ def check(folder):
 @pytest.mark.skipif(bool(LACKING), reason=f"needs {', '.join(LACKING)}")
 def test_every_page_in_a_browser(built):
     folder = built(alt=' alt="a drawing"')
+    first = (folder / NAMES[0].replace("ipynb", "html")).read_text()
+    assert "saved to runs/run/records/x.json" in first, "no path of the machine that ran it"
     done = check(folder)
     assert done.returncode == 0, done.stdout + done.stderr
     pages, links, images, formulas = map(int, re.findall(r"\d+", done.stdout)[:4])
