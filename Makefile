@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup run test figures student lab lint clean
+.PHONY: help setup run test figures student lab lint book book-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,8 @@ help:
 	@echo "make student  copies of the notebooks without solutions, in build/student"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make lint   ruff over modules and notebooks"
+	@echo "make book   the notebooks of the newest run as a site with the explorer; needs Node.js and its npm"
+	@echo "make book-check  open every page of the book in Chromium and name its faults"
 	@echo "make setup  create or update .venv (the others do it when needed)"
 	@echo "make clean  remove build/ and caches; runs/ and .venv stay"
 	@echo "make help   this list"
@@ -59,6 +61,22 @@ lab: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# the book's own needs stay out of `make setup`
+$(VENV)/.book: $(STAMP)
+	$(PIP) install -c constraints.txt -e ".[book]"
+	@touch $@
+
+book/node_modules: book/package.json
+	@command -v npm > /dev/null || { echo "make book needs Node.js: npm fetches MathJax, which draws the formulas" >&2; exit 1; }
+	npm install --prefix book --no-package-lock --no-audit --no-fund
+	@touch $@
+
+book: $(VENV)/.book book/node_modules
+	$(BIN)/python -m cdpo_utils.book $(ARGS)
+
+book-check: book/node_modules
+	node book/check.mjs build/book
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache *.egg-info

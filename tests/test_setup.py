@@ -26,7 +26,8 @@ PINS = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for 
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 MAKEFILE = (ROOT / "Makefile").read_text()
 
-COMMANDS = {"jupyterlab", "nbmake", "ruff", "nbstripout"}  # run, never imported
+COMMANDS = {"jupyterlab", "nbmake", "ruff", "nbstripout", "sphinx"}  # run, never imported
+BY_SPHINX = {"myst-nb", "furo"}  # loaded there by name
 BY_TRANSFORMERS = {"gguf"}  # imported there, when it is given a GGUF file
 IMPORTED_AS = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
 
@@ -56,7 +57,7 @@ def test_no_index_is_prescribed(file):
     assert not re.search(r"https?://|file:|--hash|find-links", (ROOT / file).read_text())
 
 
-@pytest.mark.parametrize("target", ["run", "test", "lab", "lint", "setup", "clean", "help"])
+@pytest.mark.parametrize("target", ["run", "test", "lab", "lint", "book", "setup", "clean", "help"])
 def test_make_has_the_target(target):
     assert re.search(rf"^{target}:", MAKEFILE, flags=re.M) and re.search(rf"\bmake {target}\b", MAKEFILE)
 
@@ -101,7 +102,7 @@ def modules(requirements):
 
 
 def test_every_dependency_is_used():
-    declared = modules(sum(EXTRAS.values(), PROJECT["dependencies"])) - COMMANDS - BY_TRANSFORMERS
+    declared = modules(sum(EXTRAS.values(), PROJECT["dependencies"])) - COMMANDS - BY_SPHINX - BY_TRANSFORMERS
     assert declared - imported("cdpo_utils", "notebooks", "data", "tests") == set()
 
 

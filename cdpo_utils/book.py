@@ -1,0 +1,131 @@
+"""The book: the executed notebooks of a run as one site with search, formulas, a dark mode, and the explorer.
+
+    make book        (or python -m cdpo_utils.book, after `npm install --prefix book`)
+
+Sphinx reads notebooks and Markdown through MyST. The site takes nothing from the network and can be read from disk.
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+
+from cdpo_utils import __version__, explorer, record, report
+
+REPOSITORY = "OWNER/cdpo-utils"  # on GitHub: the one place that says where the notebooks can be opened from
+TAG = f"v{__version__}"
+LAUNCHERS = {  # Binder's file is part of a query, where a slash must not stand for itself
+    "Colab": "https://colab.research.google.com/github/{repository}/blob/{tag}/notebooks/{name}",
+    "Binder": "https://mybinder.org/v2/gh/{repository}/{tag}?urlpath=lab%2Ftree%2Fnotebooks%2F{name}",
+    "Kaggle": "https://www.kaggle.com/kernels/welcome?src=https://github.com/{repository}/blob/{tag}/notebooks/{name}",
+}
+
+
+class NotReady(Exception):
+    """Something that the book is made of is missing; the message says what, and what makes it."""
+
+
+def launch_links(name):
+    """Markdown that opens a notebook, such as 04_c_dpo.ipynb, elsewhere, at the tag of this version."""
+    links = {where: url.format(repository=REPOSITORY, tag=TAG, name=name) for where, url in LAUNCHERS.items()}
+    return "Open in " + " · ".join(f"[{where}]({url})" for where, url in links.items())
+
+
+def as_page(notebook, name, names):
+    """An executed notebook as a page of the book, changed in place: launch links under its title, "notebook 04" in its
+    prose a link to that page, solutions folded. `names` are the files of all notebooks."""
+    pages = {other[:2]: other for other in names if other != name}
+
+    def link(match):
+        return f"[{match[0]}]({pages[match[1]]})" if match[1] in pages else match[0]
+
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = re.sub(r"(?<![\[`])\b[Nn]otebook ([0-9]{2})\b(?![\]`])", link, cell.source)
+        tags = cell.metadata.get("tags", [])
+        if "solution" in tags:
+            cell.metadata.tags = [*tags, "hide-cell"]
+    title, _, rest = notebook.cells[0].source.partition("\n")
+    notebook.cells[0].source = f"{title}\n\n{launch_links(name)}\n{rest}"
+    return notebook
+
+
+def gather(run, folder, book, notebooks):
+    """Lay out Sphinx's sources in `folder`, from the executed notebooks in `run`, the folder `book` and the folder
+    `notebooks`, which says which notebooks there are. Raises NotReady where something is missing."""
+    names = [path.name for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb"))]
+    missing = [name for name in names if not (run / name).is_file()]
+    if missing:
+        raise NotReady(f"{run}: no executed {', '.join(missing)}; `make run` executes the whole series")
+    mathjax = book / "node_modules" / "mathjax" / "es5" / "tex-svg-full.js"
+    if not mathjax.is_file():
+        raise NotReady(
+            f"no MathJax in {book}: npm install --prefix {book} fetches it (Node.js is needed for that alone)"
+        )
+    where = run.resolve()
+    for name in names:
+        text = (run / name).read_text(encoding="utf-8").replace(json.dumps(str(where))[1:-1], f"runs/{where.name}")
+        nbformat.write(
+            as_page(nbformat.reads(text, as_version=4), name, names), folder / name
+        )  # no path of this machine
+    (folder / "_static").mkdir()
+    for file in mathjax, book / "book.css", book / "book.js":
+        shutil.copy(file, folder / "_static")
+    shutil.copy(book / "conf.py", folder)
+    shutil.copy(notebooks / "README.md", folder / "symbols.md")
+    titles = {name: report.title(run / name) for name in names}
+    words = {
+        "notebooks": "\n".join(f"* [{title}]({name})" for name, title in titles.items()),
+        "toctree": "\n".join(f"{title.partition(':')[0]} <{name}>" for name, title in titles.items()),
+        "repository": REPOSITORY,
+        "tag": TAG,
+    }
+    index = (book / "index.md").read_text(encoding="utf-8")
+    for word, text in words.items():
+        index = index.replace("{{" + word + "}}", text)
+    (folder / "index.md").write_text(index, encoding="utf-8")
+
+
+def build(run, out, write_explorer=explorer.write):
+    """Build the site into `out` and return the path of its first page. Raises NotReady, also for a link to nothing."""
+    if importlib.util.find_spec("sphinx") is None:
+        raise NotReady('Sphinx is not installed: pip install -c constraints.txt -e ".[book]"')
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "source"
+        (source / "extra").mkdir(parents=True)
+        gather(run, source, record.repo_root() / "book", record.repo_root() / "notebooks")
+        write_explorer(source / "extra" / "explorer.html")
+        shutil.rmtree(out, ignore_errors=True)  # no page of an earlier book stays behind
+        sphinx = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--builder", "html"]
+        if subprocess.run([*sphinx, "--doctree-dir", Path(scratch) / "doctrees", source, out]).returncode:
+            raise NotReady("Sphinx warned, see above: a link or a page is wrong")
+    return out / "index.html"
+
+
+def main(argv=None):
+    """The command line. Returns the exit status: 0 built, 2 something is missing."""
+    parser = argparse.ArgumentParser(prog="python -m cdpo_utils.book", description="Build the book.")
+    root = record.repo_root()
+    parser.add_argument("--run", type=Path, default=root / "runs" / "latest", metavar="DIR",
+                        help="the run whose notebooks it holds (default: runs/latest)")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=root / "build" / "book", metavar="DIR", help="default: build/book")
+    args = parser.parse_args(argv)
+    try:
+        print(build(args.run, args.out))
+    except NotReady as error:
+        print(error, file=sys.stderr)
+        return 2
+    if REPOSITORY.startswith("OWNER/"):
+        print(f"links to {', '.join(LAUNCHERS)} lead to {REPOSITORY}: set REPOSITORY in cdpo_utils/book.py")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The book: what it is made from, and, where Sphinx, npm's packages and Chromium are there, every page in a browser."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+
+from cdpo_utils import book
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+NAMES = [path.name for path in NOTEBOOKS]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LACKING = [
+    what
+    for what, there in {
+        "Sphinx (the group book)": importlib.util.find_spec("sphinx"),
+        "npm install --prefix book": (ROOT / "book" / "node_modules" / "mathjax").is_dir(),
+        "Node.js": shutil.which("node"),
+        "Chromium": CHROMIUM,
+    }.items()
+    if not there
+]
+DRAWN = '<img src="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22/%3E" width="9"{alt}>'
+
+
+def page(*cells):
+    return book.as_page(v4.new_notebook(cells=list(cells)), NAMES[2], NAMES).cells
+
+
+def test_links_stand_under_the_title_at_the_tag():
+    (cell,) = page(v4.new_markdown_cell("# 02 · Title\n\nText."))
+    assert cell.source.startswith("# 02 · Title\n\nOpen in [Colab](") and cell.source.endswith("\n\nText.")
+    urls = re.findall(r"\((https://[^)]*)\)", cell.source)
+    assert len(urls) == 3
+    for url in urls:
+        assert book.REPOSITORY in url and f"v{book.__version__}" in url and url.endswith(NAMES[2])
+
+
+def test_the_prose_leads_to_other_notebooks_and_only_the_prose():
+    said = "See notebook 05, `notebook 04`, [notebook 03](x.ipynb), notebook 02 (this one) and notebook 99."
+    _, cell, code = page(v4.new_markdown_cell("# T"), v4.new_markdown_cell(said), v4.new_code_cell("# notebook 05"))
+    assert cell.source == said.replace("notebook 05", f"[notebook 05]({NAMES[5]})")
+    assert code.source == "# notebook 05"
+
+
+def test_solutions_are_folded():
+    cells = page(
+        v4.new_markdown_cell("# T"), v4.new_code_cell("1", metadata={"tags": ["solution"]}), v4.new_code_cell("2")
+    )
+    assert "hide-cell" in cells[1].metadata.tags and "hide-cell" not in cells[2].metadata.get("tags", [])
+
+
+def test_an_incomplete_run_is_refused_by_name(tmp_path, capsys):
+    for path in NOTEBOOKS[:-1]:
+        shutil.copy(path, tmp_path)
+    with pytest.raises(book.NotReady, match=f"no executed {NAMES[-1]}; `make run`"):
+        book.gather(tmp_path, tmp_path / "source", ROOT / "book", ROOT / "notebooks")
+    shutil.copy(NOTEBOOKS[-1], tmp_path)
+    with pytest.raises(book.NotReady, match="npm install"):
+        book.gather(tmp_path, tmp_path / "source", tmp_path, ROOT / "notebooks")
+
+
+@pytest.fixture
+def built(tmp_path):
+    """A book of the notebooks as they are committed, one of them with a drawing; its folder."""
+
+    def built(alt):
+        run = tmp_path / "run"
+        run.mkdir()
+        for path in NOTEBOOKS:
+            notebook = nbformat.read(path, as_version=4)
+            if path == NOTEBOOKS[0]:
+                drawing = v4.new_output("display_data", {"text/html": DRAWN.format(alt=alt)})
+                saved = v4.new_output("stream", name="stdout", text=f"saved to {run / 'records' / 'x.json'}")
+                next(cell for cell in notebook.cells if cell.cell_type == "code").outputs = [drawing, saved]
+            nbformat.write(notebook, run / path.name)
+        out = tmp_path / "book"
+        stand_in = '<!DOCTYPE html><html lang="en"><title>Explorer</title><h1>Explorer</h1>'
+        assert book.build(run, out, lambda path: path.write_text(stand_in)) == out / "index.html"
+        return out
+
+    return built
+
+
+def check(folder):
+    command = ["node", str(ROOT / "book" / "check.mjs"), str(folder), CHROMIUM]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(LACKING), reason=f"needs {', '.join(LACKING)}")
+def test_every_page_in_a_browser(built):
+    folder = built(alt=' alt="a drawing"')
+    first = (folder / NAMES[0].replace("ipynb", "html")).read_text()
+    assert "saved to runs/run/records/x.json" in first, "no path of the machine that ran it"
+    done = check(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages, links, images, formulas = map(int, re.findall(r"\d+", done.stdout)[:4])
+    assert pages >= len(NAMES) + 3 and links > 100 and images == 1 and formulas > 200
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(LACKING), reason=f"needs {', '.join(LACKING)}")
+def test_the_check_sees_faults(built, tmp_path):
+    built(alt="")
+    few = tmp_path / "few"  # a check of all pages takes a minute
+    shutil.copytree(tmp_path / "book", few, ignore=shutil.ignore_patterns("0[1-7]_*.html"))
+    first = few / NAMES[0].replace("ipynb", "html")
+    broken = r"<p>$x$</p><div class='math'>\[\nosuchmacro{1}\]</div><script src='https://example.org/x.js'></script>"
+    pale = "<p style='color: #eee; background: #fff'>pale</p><a href='#nowhere'>to nothing</a>"
+    first.write_text(
+        first.read_text().replace("</article>", f"{broken}{pale}<script>throw Error('thrown')</script></article>")
+    )
+    done = check(few)
+    assert done.returncode == 1
+    for fault in (
+        "image without alternative text", "raw TeX: $x$", "not understood", "asks the network", "color-contrast",
+        f"no such place: {first.name}#nowhere", "script: thrown", "link to nothing",
+    ):  # fmt: skip
+        assert fault in done.stdout, (fault, done.stdout)
