@@ -117,7 +117,8 @@ def pairs_by(rows, label, ref, bonus, strength):
     return with_bonus(Dataset.from_dict(columns), shifts, strength)
 
 
-def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus, ridge=1.0, lam=1.0, watch=None):
+def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus, explore, ridge=1.0, lam=1.0,
+             watch=None):  # fmt: skip
     """O-PD-DPO (arXiv:2510.05703) on the bench, one constraint. Returns the policy and its `dual.Descent`.
 
     In each round the first `pairs` of the policy's `samples` answers per prompt are compared with as many fresh ones of
@@ -126,6 +127,9 @@ def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus
     with the bonus as it now is, train stage 1 and then stage 2 for `schedule.round_steps` each, from where they ended.
     Then `samples` answers per prompt get `labels` votes each, for the dual step; of these the next round takes its
     pairs. One trainer for each stage lives on; no answer is tokenised twice.
+
+    The bonus is for the first `explore` rounds. The rest train without it, and so return a policy that believes its
+    labels: a bonus falls as 1 / sqrt(count), and what is left of it after the last round is an error of r and of c.
 
     The record of a round has `labels` (preference labels, two a pair, and votes), `pairs` and `dropped`.
     watch(policy, rounds) is called after each round.
@@ -159,7 +163,9 @@ def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus
             np.add.at(counts, (new.x, y), 1)
         rows = now["rows"] = pd.concat([now["rows"], new], ignore_index=True)
         now["pairs"] = len(new)
-        table = bonus * uncertainty(counts, *features, ridge) if bonus else np.zeros(counts.shape)
+        table = np.zeros(counts.shape)
+        if bonus and k < explore:
+            table = bonus * uncertainty(counts, *features, ridge)
         start = policies.snapshot(policy)
         steps = train(0, pairs_by(rows, "better", (rows.ref_0, rows.ref_1), table, beta), beta, start, k)
         if lam[0] <= 1e-6:
@@ -198,7 +204,7 @@ def offline(made, budget, beta, schedule, rounds, pairs, samples, labels, watch=
     return policy, descent
 
 
-def run_one(method, made, truth, schedule, rounds, pairs, samples, labels, bonus):
+def run_one(method, made, truth, schedule, rounds, pairs, samples, labels, bonus, explore):
     """One of METHODS: a row with its exact metrics, labels and steps, and under `rounds` the same after each round."""
     started, rare, path = time.time(), bench.rare_answers(made.world), []
     spread = float(evaluate.spread(truth)[0])
@@ -214,7 +220,7 @@ def run_one(method, made, truth, schedule, rounds, pairs, samples, labels, bonus
     if method == "offline":
         _, descent = offline(made, *given, watch=watch)
     else:
-        _, descent = o_pd_dpo(made, *given, bonus if method == "online" else 0.0, watch=watch)
+        _, descent = o_pd_dpo(made, *given, bonus if method == "online" else 0.0, explore, watch=watch)
     for row, round_ in zip(path, descent.rounds, strict=True):
         row |= {name: round_.get(name, 0) for name in ("pairs", "dropped", "labels", "steps", "outside")}
     total = {name: sum(row[name] for row in path) for name in ("pairs", "dropped", "labels", "steps")}
@@ -237,6 +243,7 @@ def main(argv=None):
     parser.add_argument("--beta", type=float, default=0.5)
     parser.add_argument("--budget", type=float, default=0.0)
     parser.add_argument("--bonus", type=float, default=15.0, help="of an answer whose phi is all new, in logits")
+    parser.add_argument("--explore", type=int, default=7, help="rounds with the bonus, of")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=60, help="of 64 pairs, in each round and stage")
     parser.add_argument("--pairs", type=int, default=8, help="compared in a round, per prompt")
@@ -259,7 +266,7 @@ def main(argv=None):
             schedule = algorithms.Schedule(steps=given.steps, round_steps=given.steps, lr=3e-3, seed=seed)
             numbers = given.rounds, given.pairs, given.samples, given.labels
             for method in given.methods:
-                row = run_one(method, made, truth, schedule, *numbers, given.bonus)
+                row = run_one(method, made, truth, schedule, *numbers, given.bonus, given.explore)
                 rows.append(row)
                 print(
                     f"seed {seed} {method:15s} gap {row['gap']:5.1f} %  violation {row['violation_spreads']:+.3f} "

@@ -178,7 +178,7 @@ def test_rounds_keep_their_pairs_their_trainers_and_the_account(made, lab, monke
     schedule = Schedule(steps=9, round_steps=2, batch_size=8, lr=1e-2)
     watched = []
     policy, descent = online.o_pd_dpo(
-        made, -1.0, BETA, schedule, rounds=3, pairs=3, samples=6, labels=5, bonus=4.0,
+        made, -1.0, BETA, schedule, rounds=3, pairs=3, samples=6, labels=5, bonus=4.0, explore=2,
         watch=lambda policy, rounds: watched.append((policy, len(rounds))),
     )  # fmt: skip
     assert fingerprint(lab.model) == before != fingerprint(policy) and len(made_trainers) == 2
@@ -187,6 +187,9 @@ def test_rounds_keep_their_pairs_their_trainers_and_the_account(made, lab, monke
     assert min(lam) > 0 and [s["beta"] for s in seen[::2]] == [BETA] * 3
     assert np.allclose([s["beta"] for s in seen[1::2]], BETA / np.array(lam))
     assert all(s["trainer"] is seen[i % 2]["trainer"] for i, s in enumerate(seen))
+    for k, s in enumerate(seen[::2]):
+        ref = response_logps(lab.model, s["prompt_ids"], s["chosen_ids"])
+        assert np.allclose(s["ref_chosen_logps"], ref, atol=1e-3) == (k == 2), "the last round explores no more"
     n = np.cumsum([r["pairs"] for r in descent.rounds])
     assert [len(s["chosen_ids"]) for s in seen[::2]] == n.tolist() == [len(s["chosen_ids"]) for s in seen[1::2]]
     for r in descent.rounds:
@@ -208,8 +211,9 @@ def test_without_a_bonus_stage_one_is_plain_dpo_and_at_no_multiplier_it_is_all(m
     monkeypatch.setattr(trainers, "run_steps", run_steps)
     schedule = Schedule(round_steps=1, batch_size=8, lr=1e-2)
     for bonus in (0.0, 4.0):
-        _, descent = online.o_pd_dpo(made, 50.0, BETA, schedule, rounds=2, pairs=3, samples=6, labels=5, bonus=bonus,
-                                     lam=0.0)  # fmt: skip
+        _, descent = online.o_pd_dpo(
+            made, 50.0, BETA, schedule, rounds=2, pairs=3, samples=6, labels=5, bonus=bonus, explore=9, lam=0.0
+        )
         assert [r["lam"] for r in descent.rounds] == [[0.0], [0.0]] and descent.steps == 2
     plain, shifted = seen[0][1], seen[2][1]
     assert [beta for beta, _ in seen] == [BETA] * 4
@@ -228,7 +232,7 @@ def test_a_trained_optimist_goes_where_little_is_known(made, lab, world, monkeyp
     monkeypatch.setattr(online, "uncertainty", lambda *a: tables.append(real(*a)) or tables[-1])
     schedule = Schedule(round_steps=40, batch_size=32, lr=1e-2)
     for bonus in (-30.0, 0.0, 30.0):
-        policy, _ = online.o_pd_dpo(made, 0.0, BETA, schedule, 1, pairs=4, samples=4, labels=5, bonus=bonus)
+        policy, _ = online.o_pd_dpo(made, 0.0, BETA, schedule, 1, pairs=4, samples=4, labels=5, bonus=bonus, explore=1)
         found.append(evaluate.policy_logps(policy, lab.tokenizer, lab.prompts, world.answers)[0])
     assert np.array_equal(*tables)
     unknown = tables[0][world.train]
