@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import nn
 
+from cdpo_utils import guard
 from cdpo_utils.data import DataError
 from cdpo_utils.logprobs import pad, token_batches
 
@@ -95,9 +96,9 @@ def load(name):
 
 def _found(name, load, **settings):
     try:
-        return load(name, **settings)
+        return load(name, **settings, trust_remote_code=False)  # None would ask the user
     except Exception as error:  # files missing, no network, ...: transformers has many ways to say so
-        raise DataError(f"scorer {name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}") from None
+        raise DataError(f"scorer {name}: {guard.one_line(error)}") from None
 
 
 def precision():

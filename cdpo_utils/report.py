@@ -2,9 +2,12 @@
 
 import html
 import math
+from urllib.parse import quote
 
 import nbformat
 from nbconvert import HTMLExporter
+
+from cdpo_utils.guard import UNSEEN, visible
 
 # heading, what it shows of a method row
 COLUMNS = (
@@ -58,7 +61,7 @@ def with_intervals(rows, records):
 
 def text_table(rows):
     """The method rows as plain text in columns."""
-    lines = [[heading for heading, _ in COLUMNS]] + [[show(row) for _, show in COLUMNS] for row in rows]
+    lines = [[heading for heading, _ in COLUMNS]] + [[visible(show(row)) for _, show in COLUMNS] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     place = [str.ljust] * WORDS + [str.rjust] * (len(COLUMNS) - WORDS)
     return "\n".join(
@@ -72,7 +75,7 @@ def html_table(headings, lines, words):
 
     def tr(tag, texts):
         opening = [f"<{tag}>" if i < words else f'<{tag} class="number">' for i in range(len(texts))]
-        cells = (f"{start}{html.escape(text)}</{tag}>" for start, text in zip(opening, texts, strict=True))
+        cells = (f"{start}{html.escape(visible(text))}</{tag}>" for start, text in zip(opening, texts, strict=True))
         return f"<tr>{''.join(cells)}</tr>"
 
     return "\n".join(["<table>", tr("th", headings), *(tr("td", line) for line in lines), "</table>"])
@@ -101,8 +104,9 @@ def write_html(folder, seconds, rows, versions):
     for stem, taken in seconds.items():
         path = folder / f"{stem}.ipynb"
         page, _ = exporter.from_filename(str(path))
-        path.with_suffix(".html").write_text(page, encoding="utf-8")
-        links.append(f'<li><a href="{html.escape(stem)}.html">{html.escape(title(path))}</a> ({minutes(taken)})</li>')
+        path.with_suffix(".html").write_text(page.translate(UNSEEN), encoding="utf-8")
+        heading = html.escape(visible(title(path)))
+        links.append(f'<li><a href="{quote(stem)}.html">{heading}</a> ({minutes(taken)})</li>')
     methods = html_table(
         [heading for heading, _ in COLUMNS],
         [[show(row) for _, show in COLUMNS] for row in rows],

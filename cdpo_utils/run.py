@@ -22,7 +22,7 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from cdpo_utils import record, report
+from cdpo_utils import guard, record, report
 
 KINDS = {"bool": bool, "int": int, "float": float, "str": str}
 
@@ -61,10 +61,10 @@ def select(folder, only, setting):
         raise NotUnderstood(f"no notebooks in {folder}")
     if setting == "bench":
         return [(path, None) for path in chosen]
-    file = folder / "params" / f"{setting}.yaml"
-    if not file.exists():
-        known = sorted({found.stem for found in folder.glob("params/*.yaml")} | {"bench"})
-        raise NotUnderstood(f"--setting {setting}: no such setting; settings: {', '.join(known)}")
+    files = {found.stem: found for found in folder.glob("params/*.yaml")}
+    if setting not in files:
+        raise NotUnderstood(f"--setting {setting}: no such setting; settings: {', '.join(sorted({*files, 'bench'}))}")
+    file = files[setting]
     values, known = read_yaml(file), {path: papermill.inspect_notebook(path) for path in paths}
     refuse_unknown(values, {name for names in known.values() for name in names}, f"notebook, in {file},")
     needed = {"model"} & values.keys() or values.keys()  # a setting of a model is nothing for notebooks without one
@@ -81,7 +81,7 @@ def read_yaml(file):
     """A file of `name: value` lines."""
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, NUL in its name
         raise NotUnderstood(f"{file}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise NotUnderstood(f"{file}: expected lines of `name: value`")
@@ -120,7 +120,7 @@ def _coerce_number(value, kind):
         if isinstance(value, bool) or not isinstance(value, str | int | kind):
             raise ValueError
         number = kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{value!r} is not {'an integer' if kind is int else 'a number'}") from None
     if not math.isfinite(number):
         raise ValueError(f"{value!r} is not finite")
@@ -148,6 +148,9 @@ def plan(chosen, given):
         parameters[path] = {}
         for name, value in (own | given).items():
             if name in known[path]:
+                if guard.without_secrets(value) != value:
+                    raise NotUnderstood(f"parameter {name}: holds a password or key, which would be kept in runs/; "
+                                        "expected none (a judge's key comes from the environment)")  # fmt: skip
                 spec = known[path][name]
                 try:
                     default = ast.literal_eval(spec["default"])
@@ -212,6 +215,8 @@ def execute(path, parameters, folder, label):
         where = [place(path, cell.source) for cell in cells if cell.metadata.papermill.start_time]
         reason = "the kernel died (out of memory?)"
         raise NotebookFailed(f"{path.name}, {where[-1]}: {reason}\nsee {output}") from error
+    finally:
+        guard.scrub(output)
     return time.perf_counter() - start
 
 
@@ -250,6 +255,11 @@ def point_latest(folder):
         (folder.parent / "latest.txt").write_text(folder.name + "\n", encoding="utf-8")
 
 
+def complain(error):
+    """Print an error, whose lines may hold what a notebook read in a file."""
+    print(guard.visible(guard.without_secrets(str(error)), keep="\n"), file=sys.stderr)
+
+
 def main(argv=None, notebooks=None):
     """The command line; `notebooks` is the folder they are in. Returns the exit status."""
     args = parse(argv)
@@ -261,7 +271,7 @@ def main(argv=None, notebooks=None):
         parameters = plan(chosen, absolute(given | dict(args.pairs)))
         folder = new_folder((args.out or record.repo_root() / "runs").absolute())
     except NotUnderstood as error:
-        print(error, file=sys.stderr)
+        complain(error)
         return 2
 
     seconds = {}
@@ -274,7 +284,7 @@ def main(argv=None, notebooks=None):
             try:
                 seconds[path.stem] = execute(path, parameters[path], folder, label)
             except NotebookFailed as error:
-                print(error, file=sys.stderr)
+                complain(error)
                 return 1
             except KeyboardInterrupt:
                 print(f"interrupted in {path.name}\nsee {folder}", file=sys.stderr)

@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from cdpo_utils import record, run
+from cdpo_utils import guard, record, run
 
 FIELDS = {"only", "setting", "parameters", "grid"}
 MEASURED = ["reward", "cost", "violation", "kl_ref", "gap"]
@@ -83,9 +83,9 @@ def read_manifest(folder):
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError:
+            entries[entry["run"]] = entry
+        except (ValueError, LookupError, TypeError):
             continue
-        entries[entry["run"]] = entry
     return entries
 
 
@@ -160,8 +160,9 @@ def on_slurm(folder, partition, cpus, hours=12, cluster="slurm"):
         try:
             return job.result()
         except Exception as error:  # killed, out of time, its node lost: one line in the manifest
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            return {"status": "failed", "tries": 1, "seconds": 0.0, "error": f"job {job.job_id}: {lines[-1]}"}
+            lines = guard.without_secrets(str(error)).strip().splitlines() or [type(error).__name__]
+            error = f"job {job.job_id}: {guard.visible(lines[-1])}"
+            return {"status": "failed", "tries": 1, "seconds": 0.0, "error": error}
 
     return call
 
@@ -180,11 +181,13 @@ def attempt(values, digest, point, folder, notebooks, threads, tries=2):
         with open(place / "log.txt", "w", encoding="utf-8") as log:
             environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
             done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        guard.scrub(place / "log.txt")
         if done.returncode == 0:
             return {"status": "done", "tries": k, "seconds": time.perf_counter() - start, "error": None}
     lines = (place / "log.txt").read_text(encoding="utf-8").strip().splitlines()
     error = next((line for line in reversed(lines) if not line.startswith("see ")), f"exit status {done.returncode}")
-    return {"status": "failed", "tries": tries, "seconds": time.perf_counter() - start, "error": error}
+    seconds = time.perf_counter() - start
+    return {"status": "failed", "tries": tries, "seconds": seconds, "error": guard.visible(error)}
 
 
 def collect(planned, folder):
@@ -238,11 +241,12 @@ def main(argv=None, notebooks=None):
             raise run.NotUnderstood("--slurm: no sbatch here; expected a login node of a Slurm cluster")
         values = read_grid(args.grid)
         planned = plan(values, notebooks)
+        if not args.out and args.grid.stem in (".", ".."):  # of the file names `..yaml` and `...yaml`
+            raise run.NotUnderstood(f"{args.grid}: names no folder in runs/sweeps; expected another name, or --out DIR")
     except run.NotUnderstood as error:
-        print(error, file=sys.stderr)
+        run.complain(error)
         return 2
-    folder = args.out or record.repo_root() / "runs" / "sweeps" / args.grid.stem
-    folder = folder.absolute()
+    folder = (args.out or record.repo_root() / "runs" / "sweeps" / args.grid.stem).absolute()
     if args.dry_run:
         for digest, point in planned:
             print(f"{digest}  {'done' if summary_of(folder, digest) else 'to run'}  {point}")
@@ -276,7 +280,7 @@ def write_results(rows, folder):
         print(f"{lists.sum()} rows with several constraints are left out of the table and the figure")
     rows.map(lambda v: json.dumps(v) if isinstance(v, list) else v).to_parquet(folder / "results.parquet")
     table = over_seeds(rows[~lists])
-    table.to_csv(folder / "table.csv", index=False)
+    guard.write_csv(table, folder / "table.csv")
     figure, ax = plots.plt.subplots(figsize=(7, 4.5))
     plots.sweep_plane(ax, table[table.split == table.split.iloc[-1]])
     figure.savefig(folder / "plane.png", bbox_inches="tight")

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 
-from cdpo_utils import bench, dual, evaluate, exact
+from cdpo_utils import bench, dual, evaluate, exact, guard
 
 # A world small enough to differentiate through all of its answers: 27 training prompts, 96 answers.
 SIZES = dict(n_tasks=3, n_objects=4, n_situations=3, n_tools=4, n_manners=3, n_protections=4, n_closings=2)
@@ -324,7 +324,7 @@ def draw_figures(found, out):
         fig.savefig(out / f"{name}.png")
         plt.close(fig)
     for name, frame in found.items():
-        frame.to_csv(out / f"{name}.csv", index=False)
+        guard.write_csv(frame, out / f"{name}.csv")
 
 
 def main(argv=None, size=FULL):
