@@ -38,11 +38,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from cdpo_utils.guard import one_line, visible
+
 PKU, TRL = ["prompt", "response_0", "response_1"], ["prompt", "chosen", "rejected"]
 BETTER, SAFER, SIGNS = "better_response_id", "safer_response_id", ["is_response_0_safe", "is_response_1_safe"]
 LABEL_COLUMNS = {"helpful": [BETTER], "safety": [SAFER], "signs": SIGNS}
 KNOWN = {*PKU, *TRL, BETTER, SAFER, *SIGNS}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+LARGEST = 2**30  # bytes of a file once unpacked: a few KiB of gzip or parquet can hold any number
 CSV_IDS = {"": None, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
 CSV_SIGNS = {**CSV_IDS, "True": True, "true": True, "TRUE": True, "False": False, "false": False, "FALSE": False}
 
@@ -64,7 +67,7 @@ class RowAccount:
     examples: dict = field(default_factory=dict)  # reason -> the first few (row, field)
 
     def __str__(self):
-        lines = [f"{_plain(self.source)}: {self.read} rows read, {self.kept} kept, {self.read - self.kept} dropped"]
+        lines = [f"{visible(self.source)}: {self.read} rows read, {self.kept} kept, {self.read - self.kept} dropped"]
         for reason, count in self.dropped.items():
             places = [f"row {row} '{name}'" for row, name in self.examples.get(reason, [])]
             lines.append(f"  {count} {reason}: {', '.join(places)}{', ...' if count > len(places) else ''}")
@@ -76,12 +79,8 @@ class RowAccount:
 # What a file says is untrusted: on its way into a message it is shortened and its control characters are escaped.
 
 
-def _plain(text, limit=None):
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text)[:limit])
-
-
 def _names(columns):
-    return ", ".join(_plain(name, 40) for name in columns[:12]) + (", ..." if len(columns) > 12 else "")
+    return ", ".join(visible(name, 40) for name in columns[:12]) + (", ..." if len(columns) > 12 else "")
 
 
 def _found(value):
@@ -89,14 +88,18 @@ def _found(value):
     if value is None:
         return "null"
     names = {str: "text", bool: "boolean", int: "number", float: "number", dict: "object", tuple: "object with"}
-    return f"{names.get(type(value), type(value).__name__)} {_plain(reprlib.repr(value))}"
+    return f"{names.get(type(value), type(value).__name__)} {visible(reprlib.repr(value))}"
 
 
 def fault(source, found, expected, row=None, name=None):
     if isinstance(found, Exception):  # somebody else's, of which one line will do
-        found = _plain((str(found).strip() or type(found).__name__).splitlines()[0], 150)
-    where = _plain(source) + (f", row {row}" if row else "") + (f", field '{name}'" if name else "")
+        found = one_line(found, 150)
+    where = visible(source) + (f", row {row}" if row else "") + (f", field '{name}'" if name else "")
     return DataError(f"{where}: {found}; expected {expected}")
+
+
+def too_large(source):
+    return fault(source, f"more than {LARGEST / 2**30:g} GiB once unpacked", "less, such as a part of its rows")
 
 
 def read_rows(source, revision, split):
@@ -111,10 +114,14 @@ def read_rows(source, revision, split):
         found = found if os.path.exists(source) else "no such file"
         raise fault(source, found, f"a file {', '.join(SUFFIXES)} or a hub name owner/name")
     try:
-        data = Path(source).read_bytes()
-        data = gzip.decompress(data) if suffix.endswith(".gz") else data
+        data = bytearray()
+        with gzip.open(source) if suffix.endswith(".gz") else Path(source).open("rb") as file:
+            while len(data) <= LARGEST and (part := file.read(2**20)):
+                data += part
     except (OSError, EOFError, zlib.error) as error:
         raise fault(source, error, "a readable, whole file") from None
+    if len(data) > LARGEST:
+        raise too_large(source)
     if suffix == ".parquet":
         return *_read_parquet(source, data), "table"
     try:
@@ -180,7 +187,17 @@ def _read_parquet(source, data):
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
         columns = file.schema_arrow.names
-        return columns, list(enumerate(file.read([c for c in columns if c in KNOWN]).to_pylist(), start=1))
+        rows, size = [], 0
+        for batch in file.iter_batches(100, columns=[c for c in columns if c in KNOWN]):
+            new = batch.to_pylist()
+            rows += new
+            # measured in Python: nulls and repeated texts take next to no room in the file or in Arrow
+            size += sum(500 + len(repr(row)) for row in new)
+            if size > LARGEST:
+                raise too_large(source)
+        return columns, list(enumerate(rows, start=1))
+    except DataError:
+        raise
     except Exception as error:  # a damaged file fails inside Arrow in many ways
         raise fault(source, error, "a parquet file") from None
 
@@ -341,7 +358,7 @@ def require(frame, label, method):
     if not set(LABEL_COLUMNS[label]) <= set(frame.columns):
         has = [name for name in (BETTER, SAFER, *SIGNS) if name in frame.columns]
         needs = f"{'safety signs' if label == 'signs' else label + ' labels'} ({', '.join(LABEL_COLUMNS[label])})"
-        source = _plain(frame.attrs.get("source", "the frame"))
+        source = visible(frame.attrs.get("source", "the frame"))
         raise DataError(f"{method} needs {needs}; {source} has only {', '.join(has) or 'texts'}")
 
 

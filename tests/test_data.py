@@ -356,10 +356,10 @@ def test_sources_that_are_no_files(tmp_path, monkeypatch):
         ):
             load_preferences("x.jsonl", **options)
 
-    def denied(path):
+    def denied(path, mode):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(data.Path, "read_bytes", denied)  # chmod would not stop root
+    monkeypatch.setattr(data.Path, "open", denied)  # chmod would not stop root
     with pytest.raises(DataError, match="^x.jsonl: .*Permission denied: 'x.jsonl'; expected a readable, whole file$"):
         load_preferences("x.jsonl")
 
