@@ -1,7 +1,8 @@
 """Run the notebook series: `python -m cdpo_utils.run --help`.
 
 Each run gets a folder of its own, runs/<time>/, with the executed notebooks, their records, summary.json and an HTML
-report; runs/latest leads to the newest complete one.
+report; runs/latest leads to the newest complete one. A run that was killed goes on with --resume runs/<time>: notebooks
+that were done are not run again, the one that was interrupted starts anew.
 Exit status: 0 done, 1 a notebook failed, 2 not understood and nothing run, 130 interrupted.
 """
 
@@ -9,6 +10,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -46,7 +48,75 @@ def parse(argv):
     parser.add_argument("--seed", type=int, help="the same as -p seed N")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to keep runs in (default: runs)")
     parser.add_argument("--no-report", action="store_true", help="no HTML pages")
+    parser.add_argument("--resume", metavar="RUN", type=Path, help="go on with this run's folder, as it was begun")
     return parser.parse_args(argv)
+
+
+def begin(args, notebooks):
+    """A new run as its arguments say, or the one to be resumed: (folder, {notebook: parameters}, seconds of done ones).
+
+    The plan is kept in the folder, with a digest of the code and the notebooks that it is for.
+    """
+    code = hashlib.sha256(record.source_hash().encode())
+    for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
+        code.update(path.read_bytes())
+    code = code.hexdigest()
+    if args.resume:
+        if args.only or args.pairs or args.params or args.seed is not None or args.setting != "bench":
+            raise NotUnderstood("--resume goes on as the run was begun; expected no parameters beside it")
+        folder = args.resume.absolute()
+        try:
+            plan_ = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise NotUnderstood(f"--resume {args.resume}: {error}; expected the folder of a run") from None
+        if plan_["code"] != code:
+            raise NotUnderstood(f"--resume {args.resume}: begun with other code or notebooks; start a new run")
+        done = folder / "done.json"
+        seconds = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
+        return folder, {notebooks / name: values for name, values in plan_["parameters"].items()}, seconds
+    only = [item for group in args.only for item in group.split(",") if item]
+    chosen = select(notebooks, only, args.setting)
+    given = read_yaml(args.params) if args.params else {}
+    given |= {} if args.seed is None else {"seed": args.seed}
+    parameters = plan(chosen, absolute(given | dict(args.pairs)))
+    folder = new_folder((args.out or record.repo_root() / "runs").absolute())
+    _keep(folder / "plan.json", {"code": code, "parameters": {path.name: v for path, v in parameters.items()}})
+    return folder, parameters, {}
+
+
+def _keep(path, value):
+    """Write JSON so that a reader finds the old file or the new one, never half of one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    os.replace(part, path)
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Hold the folder for this process; NotUnderstood where another one that is still alive has it."""
+    lock = folder / "running"
+    if lock.exists() and (other := lock.read_text(encoding="utf-8")) and _alive(int(other)):
+        raise NotUnderstood(f"{folder}: process {other} is running it")
+    lock.unlink(missing_ok=True)  # left by one that was killed
+    try:
+        with lock.open("x", encoding="utf-8") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        raise NotUnderstood(f"{folder}: another process has just begun to run it") from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def select(folder, only, setting):
@@ -263,32 +333,35 @@ def complain(error):
 def main(argv=None, notebooks=None):
     """The command line; `notebooks` is the folder they are in. Returns the exit status."""
     args = parse(argv)
-    only = [item for group in args.only for item in group.split(",") if item]
     try:
-        chosen = select(notebooks or record.repo_root() / "notebooks", only, args.setting)
-        given = read_yaml(args.params) if args.params else {}
-        given |= {} if args.seed is None else {"seed": args.seed}
-        parameters = plan(chosen, absolute(given | dict(args.pairs)))
-        folder = new_folder((args.out or record.repo_root() / "runs").absolute())
+        folder, parameters, seconds = begin(args, notebooks or record.repo_root() / "notebooks")
+        with alone(folder):
+            return _run(args, folder, parameters, seconds)
     except NotUnderstood as error:
         complain(error)
         return 2
 
-    seconds = {}
+
+def _run(args, folder, parameters, seconds):
+    """Execute what is not done yet, then gather the records; the exit status."""
     # two warnings of libraries about each other, which would put this machine's paths into the executed notebooks
     ignored = "ignore:IProgress not found,ignore:`is_gradient_checkpointing` is deprecated"
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": ignored}
     with environment(CDPO_RUN_DIR=str(folder), **quiet):
         for i, path in enumerate(parameters, start=1):
             label = f"[{i}/{len(parameters)}] {path.stem}"
+            if path.stem in seconds:
+                print(f"{label}  done before", flush=True)
+                continue
             try:
                 seconds[path.stem] = execute(path, parameters[path], folder, label)
             except NotebookFailed as error:
                 complain(error)
                 return 1
             except KeyboardInterrupt:
-                print(f"interrupted in {path.name}\nsee {folder}", file=sys.stderr)
+                print(f"interrupted in {path.name}; --resume {folder} goes on", file=sys.stderr)
                 return 130
+            _keep(folder / "done.json", seconds)
             print(f"{label}  {report.minutes(seconds[path.stem])}", flush=True)
 
     records = read_records(folder)

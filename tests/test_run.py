@@ -1,6 +1,11 @@
 """The runner, on throw-away notebooks of a few lines."""
 
 import json
+import os
+import random
+import subprocess
+import sys
+import time
 
 import nbformat
 import pytest
@@ -102,7 +107,8 @@ def test_a_second_run_never_overwrites_and_becomes_the_latest(finished, series, 
     assert run.main(["--out", str(finished.parent), "--only", "02", "--no-report"], series) == 0
     second = finished.with_name(finished.name + "-2")
     assert finished.parent.joinpath("latest").resolve() == second.resolve()
-    assert sorted(path.name for path in second.iterdir()) == ["02_second.ipynb", "summary.json"]
+    names = ["02_second.ipynb", "done.json", "plan.json", "summary.json"]
+    assert sorted(path.name for path in second.iterdir()) == names
     assert "[1/1] 02_second" in capsys.readouterr().out
 
 
@@ -116,7 +122,7 @@ def test_the_first_failing_cell_stops_the_run(series, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "01_bad.ipynb, cell 4 of 4: raise ValueError(two)\nValueError: 2\n" in error
     (left,) = out.iterdir()  # its folder, and no `latest`
-    assert [path.name for path in left.iterdir()] == ["01_bad.ipynb"]
+    assert sorted(path.name for path in left.iterdir()) == ["01_bad.ipynb", "plan.json"]
     assert dict(run.os.environ) == before
 
 
@@ -218,3 +224,81 @@ def test_real_notebooks_with_other_parameters(tmp_path, capsys, monkeypatch):
     optimum, reference = rows["optimum", "train"], rows["reference", "train"]
     assert abs(optimum["violation"]) < 1e-6 and optimum["gap"] < 1e-6 and reference["gap"] == pytest.approx(100)
     assert rows["dpo_helpful", "train"]["reward"] > optimum["reward"] > reference["reward"]
+
+
+# --- going on with a run that was killed ------------------------------------------------------------------------------
+
+COUNTS = """\
+from pathlib import Path
+with (Path(log) / "begun").open("a") as file:
+    file.write("{name}\\n")
+import time
+time.sleep(0.5)
+from cdpo_utils.record import METHOD_FIELDS, save_record
+row = dict.fromkeys(METHOD_FIELDS) | dict(method="reference", notebook="{name}", setting="bench", seed=seed)
+row |= dict(feedback="oracle", split="test", reward={reward})
+save_record("{name}", dict(seed=seed), [row])
+"""
+
+
+@pytest.fixture
+def counted(tmp_path):
+    """A folder of three notebooks, each of which writes its name into tmp_path/begun, and the command to run them."""
+    folder = tmp_path / "notebooks"
+    for k, name in enumerate(("01_a", "02_b", "03_c")):
+        parameters = f"seed: int = 0  # s\nlog: str = {str(tmp_path)!r}  # where"
+        write(folder / f"{name}.ipynb", COUNTS.format(name=name, reward=k / 3), parameters=parameters)
+    code = (
+        "import sys, pathlib; from cdpo_utils import run; sys.exit(run.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
+    )
+    return [sys.executable, "-c", code, str(folder)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(counted, tmp_path):
+    out = ["--out", str(tmp_path / "runs"), "--no-report"]
+    subprocess.run([*counted, *out], check=True, capture_output=True, timeout=300)
+    (whole,) = (path for path in (tmp_path / "runs").iterdir() if path.name != "latest")
+    process = subprocess.Popen([*counted, *out], stdout=subprocess.DEVNULL)
+    rng, folder, kills = random.Random(0), None, 0
+    while folder is None:
+        time.sleep(0.05)
+        plans = (path.parent for path in (tmp_path / "runs").glob("2*/plan.json"))
+        folder = next((path for path in plans if path != whole), None)
+    for _ in range(20):
+        try:
+            assert process.wait(rng.uniform(0.2, 3)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            process = subprocess.Popen([*counted, "--resume", str(folder), "--no-report"], stdout=subprocess.DEVNULL)
+    assert process.wait(120) == 0 and kills >= 2
+    methods = [json.loads((run_ / "summary.json").read_text())["methods"] for run_ in (whole, folder)]
+    assert methods[0] == methods[1] and len(methods[0]) == 3 and not (folder / "running").exists()
+    before = (tmp_path / "begun").read_text()
+    resume = [*counted, "--resume", str(folder), "--no-report"]
+    again = subprocess.run(resume, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and again.stdout.count("done before") == 3, again.stderr
+    assert (tmp_path / "begun").read_text() == before, "what was done is not run again"
+
+
+def test_what_cannot_be_resumed_is_one_line(series, tmp_path, capsys):
+    (tmp_path / "plan.json").write_text('{"code": "another", "parameters": {}}')
+    assert run.main(["--resume", str(tmp_path)], series) == 2
+    assert "begun with other code" in capsys.readouterr().err
+    assert run.main(["--resume", str(tmp_path), "--seed", "1"], series) == 2
+    assert "no parameters beside it" in capsys.readouterr().err
+    (tmp_path / "plan.json").write_text('{"code": "anot')
+    assert run.main(["--resume", str(tmp_path)], series) == 2
+    assert "expected the folder of a run" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path):
+    with run.alone(tmp_path), pytest.raises(run.NotUnderstood, match="is running it"), run.alone(tmp_path):
+        pass
+    (tmp_path / "running").write_text("999999999")  # of a process that is gone
+    with run.alone(tmp_path):
+        assert (tmp_path / "running").read_text() == str(os.getpid())
+    assert not (tmp_path / "running").exists()
