@@ -67,13 +67,17 @@ def begin(args, notebooks):
         folder = args.resume.absolute()
         try:
             plan_ = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise NotUnderstood(f"--resume {args.resume}: {error}; expected the folder of a run") from None
-        if plan_["code"] != code:
+            parameters = {guard.inside(notebooks, name): dict(values) for name, values in plan_["parameters"].items()}
+            done = folder / "done.json"
+            seconds = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
+            seconds = {path.stem: float(seconds[path.stem]) for path in parameters if path.stem in seconds}
+            begun_with = plan_["code"]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {guard.one_line(error)}"
+            raise NotUnderstood(f"--resume {args.resume}: {reason}; expected the folder of a run") from None
+        if begun_with != code:
             raise NotUnderstood(f"--resume {args.resume}: begun with other code or notebooks; start a new run")
-        done = folder / "done.json"
-        seconds = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
-        return folder, {notebooks / name: values for name, values in plan_["parameters"].items()}, seconds
+        return folder, parameters, seconds
     only = [item for group in args.only for item in group.split(",") if item]
     chosen = select(notebooks, only, args.setting)
     given = read_yaml(args.params) if args.params else {}
@@ -95,7 +99,7 @@ def _keep(path, value):
 def alone(folder):
     """Hold the folder for this process; NotUnderstood where another one that is still alive has it."""
     lock = folder / "running"
-    if lock.exists() and (other := lock.read_text(encoding="utf-8")) and _alive(int(other)):
+    if lock.exists() and (other := lock.read_text(encoding="utf-8")).isdecimal() and _alive(int(other)):
         raise NotUnderstood(f"{folder}: process {other} is running it")
     lock.unlink(missing_ok=True)  # left by one that was killed
     try:

@@ -165,6 +165,22 @@ def test_parameter_files_that_are_none_are_refused_in_one_line(tmp_path, content
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("plan.json", "[]"), ("plan.json", '{"parameters": {"x.ipynb": 5}}'), ("plan.json", '{"parameters": {}}'),
+     ("plan.json", '{"parameters": {"../x.ipynb": {}}, "code": ""}'), ("plan.json", "[" * 10**5), ("done.json", "5"),
+     ("plan.json", '{"parameters": {"/tmp/x.ipynb": {}}, "code": ""}'), ("done.json", '{"01_tiny": [0]}')],
+)  # fmt: skip
+def test_a_run_that_is_resumed_names_its_own_notebooks_only(tmp_path, capsys, name, content):
+    folder = hostile_notebook(tmp_path / "notebooks")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "plan.json").write_text('{"parameters": {"01_tiny.ipynb": {}}, "code": ""}')
+    (tmp_path / "run" / name).write_text(content)
+    assert run.main(["--resume", str(tmp_path / "run")], folder) == 2
+    err = capsys.readouterr().err
+    assert err.endswith("; expected the folder of a run\n") and err.count("\n") == 1
+
+
 def test_a_number_out_of_all_proportion_is_refused():
     with pytest.raises(ValueError, match="is not a number"):
         run.coerce(10**400, 0.5, "float")
