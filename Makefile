@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help setup run test figures student lab lint book book-check clean
+.PHONY: help setup run test figures student lab lint book book-check canary licences clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,8 @@ help:
 	@echo "make lint   ruff over modules and notebooks"
 	@echo "make book   the notebooks of the newest run as a site with the explorer; needs Node.js and its npm"
 	@echo "make book-check  open every page of the book in Chromium and name its faults"
+	@echo "make canary  the trainers' tests with the newest TRL, in build/canary, and what breaks"
+	@echo "make licences  the licence of every pinned package and, where pip-audit is installed, its report"
 	@echo "make setup  create or update .venv (the others do it when needed)"
 	@echo "make clean  remove build/ and caches; runs/ and .venv stay"
 	@echo "make help   this list"
@@ -56,7 +58,7 @@ student: $(STAMP)
 	$(BIN)/python -m cdpo_utils.student $(ARGS)
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate notebooks
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -77,6 +79,22 @@ book: $(VENV)/.book book/node_modules
 
 book-check: book/node_modules
 	node book/check.mjs build/book
+
+# pip says that this TRL is not what pyproject.toml asks for: that is the point
+canary: CANARY := build/canary/bin/python
+canary:
+	$(PYTHON) -m venv --clear build/canary
+	$(CANARY) -m pip --disable-pip-version-check install -c constraints.txt $(TORCH) torch
+	$(CANARY) -m pip --disable-pip-version-check install -c constraints.txt -e .
+	$(CANARY) -m pip --disable-pip-version-check install --upgrade trl
+	@HF_HUB_OFFLINE=1 $(CANARY) -m pytest tests/test_trainers.py --tb=short -rfE $(ARGS); status=$$?; \
+		echo "TRL $$($(CANARY) -c 'from importlib.metadata import version; print(version("trl"))'):" \
+			"$$(test $$status = 0 && echo nothing breaks || echo what breaks is named above)"; exit $$status
+
+licences: $(STAMP)
+	@$(BIN)/python -m cdpo_utils.licences
+	@if command -v pip-audit > /dev/null; then pip-audit -r constraints.txt --no-deps --disable-pip; \
+		else echo "pip-audit is not installed: no report on known vulnerabilities"; fi
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache *.egg-info

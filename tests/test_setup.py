@@ -16,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import cdpo_utils
+from cdpo_utils import licences
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -24,6 +25,7 @@ REQUIREMENTS = [Requirement(text) for text in sum(EXTRAS.values(), PROJECT["depe
 PIN_LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
 PINS = {canonicalize_name(line.partition("==")[0]): line.partition("==")[2] for line in PIN_LINES}
 ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
+TEXTS = ["pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 COMMANDS = {"jupyterlab", "nbmake", "ruff", "nbstripout", "sphinx"}  # run, never imported
@@ -52,12 +54,14 @@ def test_the_environment_only_bootstraps():
     assert pip == {"pip": ["-c constraints.txt", "-e .[dev]"]}
 
 
-@pytest.mark.parametrize("file", ["pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run"])
+@pytest.mark.parametrize("file", [*TEXTS, ".github/workflows/test.yml", ".pre-commit-config.yaml"])
 def test_no_index_is_prescribed(file):
     assert not re.search(r"https?://|file:|--hash|find-links", (ROOT / file).read_text())
 
 
-@pytest.mark.parametrize("target", ["run", "test", "lab", "lint", "book", "setup", "clean", "help"])
+@pytest.mark.parametrize(
+    "target", ["run", "test", "lab", "lint", "book", "canary", "licences", "setup", "clean", "help"]
+)
 def test_make_has_the_target(target):
     assert re.search(rf"^{target}:", MAKEFILE, flags=re.M) and re.search(rf"\bmake {target}\b", MAKEFILE)
 
@@ -126,3 +130,47 @@ def test_make_refuses_an_old_python_in_one_line(tmp_path):
 def test_ci_runs_the_readme_command():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     assert lines[-1] == "exec make test" and "set -euo pipefail" in lines
+
+
+def test_the_workflow_runs_the_readme_command_where_the_readme_says_it_runs():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    test, book = workflow["jobs"]["test"], workflow["jobs"]["book"]
+    systems = {(one["os"].partition("-")[0], one["python"]) for one in test["strategy"]["matrix"]["include"]}
+    assert systems >= {("ubuntu", "3.11"), ("ubuntu", "3.13")} and "macos" in {system for system, _ in systems}
+    assert all(SpecifierSet(PROJECT["requires-python"]).contains(python) for _, python in systems)
+    assert [step["run"] for step in test["steps"] if "run" in step] == ["make test"]
+    assert [step["run"] for step in book["steps"] if "run" in step] == ["make run", "make book"]
+    assert book["continue-on-error"] and workflow["permissions"] == {"contents": "read"}
+
+
+def test_hooks_before_a_commit_are_tools_of_the_setup():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repo["repo"] == "local", "nothing is fetched"
+    commands = [hook["entry"].split()[0] for hook in repo["hooks"]]
+    assert {Path(command).parent.as_posix() for command in commands} == {".venv/bin"}
+    dev = {Requirement(text).name for text in EXTRAS["dev"]}
+    assert {Path(command).name for command in commands} == {"nbstripout", "ruff"} <= dev
+    assert all(hook["language"] == "system" for hook in repo["hooks"])
+
+
+def test_the_hook_strips_outputs_and_leaves_a_stripped_notebook_alone(tmp_path):
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    program, *options = repo["hooks"][0]["entry"].split()
+    command = [sys.executable, "-m", Path(program).name, *options]
+    source = next((ROOT / "notebooks").glob("*.ipynb"))
+    path = tmp_path / source.name
+    notebook = nbformat.read(source, as_version=4)
+    next(c for c in notebook.cells if c.cell_type == "code").outputs = [nbformat.v4.new_output("stream", text="x")]
+    nbformat.write(notebook, path)
+    subprocess.run([*command, path], check=True)
+    assert nbformat.read(path, as_version=4) == nbformat.read(source, as_version=4)
+    assert subprocess.run([*command, "--verify", source]).returncode == 0
+
+
+def test_licences_name_every_pin(capsys):
+    assert licences.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [line.partition("==")[0] for line in PIN_LINES]
+    found = {line.split()[0]: line[41:].strip() for line in lines}
+    assert found["safetensors"] == "Apache Software License" and "BSD" in found["scipy"] and all(found.values())
+    assert licences.licence("no-such-package") == "not installed"
