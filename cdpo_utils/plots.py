@@ -442,8 +442,9 @@ def gap_against_compute(ax, rows):
 
 def multiplier_paths(axes, rows, others=()):
     """Two axes: the multiplier of each loop in units of lambda*, over its share of the training; first `rows`, of the
-    loops with few rounds, then the policy gradient's with each value of its knob among `rows` and `others`."""
-    gradient = {row["knob"]: row for row in (*others, *rows) if row["method"] == "safe_rlhf"}
+    loops with few rounds, then the policy gradient's with each value of its knob among `rows` and `others`, of which
+    the latter, all of one world, go first."""
+    gradient = {row["knob"]: row for row in (*rows, *others) if row["method"] == "safe_rlhf"}
     rounds = [row for row in rows if row["path"] and row["method"] != "safe_rlhf"]
     seen = set()
     for row in rounds:
