@@ -64,15 +64,15 @@ def test_a_missing_comparison_is_one_line(capsys, tmp_path):
 def test_every_experiment_runs_and_every_claim_gets_a_verdict(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "BUDGETS", (1.0, 0.0))
     monkeypatch.setattr(claims.workers, "side_by_side", lambda function, calls: [function(*call) for call in calls])
-    sizes = ["--n-pairs", "600", "--n-objects", "3", "--n-tools", "3", "--steps", "2"]
+    sizes = ["--n-pairs", "600", "--n-objects", "3", "--n-tools", "3", "--steps", "4"]
     assert claims.main([*sizes, "--out", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "claims.csv")
     assert set(table.verdict) <= {"supported", "not supported", "mixed", "answered", "see 09", "not testable here"}
     assert len(table) == 13 and not table.isna().any().any()
     budgets, pd_dpo = (pd.read_csv(tmp_path / f"{name}.csv") for name in ("budgets", "pd_dpo"))
     assert len(budgets) == 6 and set(budgets.method) == {"one_shot", "dual_descent", "one_shot, as long"}
-    assert set(budgets.steps[budgets.method == "one_shot"]) == {2}
-    assert set(budgets.steps[budgets.method != "one_shot"]) == {4}
+    assert set(budgets.steps[budgets.method == "one_shot"]) == {4}
+    assert set(budgets.steps[budgets.method != "one_shot"]) == {8}
     assert len(pd_dpo) == 1 + sum(map(len, claims.VARIED.values()))
     assert pd_dpo.gap.nunique() == len(pd_dpo) - 2, "of 600 pairs the first 5000 are all"
     samples = 4 * 32 * pd_dpo.labels.min()  # no labels where the cost model is asked
