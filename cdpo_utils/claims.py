@@ -278,7 +278,7 @@ def main(argv=None):
     table = pd.DataFrame(lines, columns=["paper", "claim", "measured", "verdict"])
     guard.write_csv(table, given.out / "claims.csv")
     for line in lines:
-        print("| " + " | ".join(line) + " |")
+        print("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |")
     print(f"seeds {given.seeds}; {time.time() - started:.0f} s; {given.out}")
     return 0
 
