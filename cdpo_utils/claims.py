@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cdpo_utils import algorithms, evaluate, exact, guard, labs, scoring, suite, workers
+from cdpo_utils import algorithms, comparison, evaluate, exact, guard, labs, suite, workers
 from cdpo_utils.algorithms import Schedule
 
 BUDGETS = (1.5, 0.75, 0.0, -0.75, -1.5)  # from nearly slack to tight, in logits
@@ -124,9 +124,7 @@ def measure(seeds, settings):
     """All rows of `budget_run`, `pd_dpo_run` and `tails`: {"budgets", "pd_dpo", "tails"} -> DataFrame."""
     varied = [("", 0), *((name, value) for name, values in VARIED.items() for value in values)]
     for seed in seeds:
-        sizes = {name: settings[name] for name in ("n_objects", "n_tools")}
-        scoring.require_feasible(suite.opened(settings | {"seed": seed, "budget": 0.0, "budget_from": "absolute"})[1])
-        workers.side_by_side(labs.fill_cache, [(kind, seed, settings["n_pairs"], sizes) for kind in labs.SCORERS])
+        comparison.fill(seed, settings | {"budget": 0.0, "budget_from": "absolute"})
     calls = {
         "budgets": (budget_run, [(budget, seed, settings) for seed in seeds for budget in BUDGETS]),
         "pd_dpo": (pd_dpo_run, [(*one, seed, settings) for seed in seeds for one in varied]),
@@ -243,7 +241,7 @@ def of_tails(frame):
 
 NOT_HERE = [
     ("PD-DPO", "two models in memory in the place of three", "peak memory: benchmarks/training_step.py; with cached "
-     "log-probabilities one model is enough, for the other methods too", "mixed"),
+     "log-probabilities one model is enough, for the other methods too", "see benchmarks"),
     ("CAID", "near-optimal up to the parametrization gap", "measured by notebook 09", "see 09"),
     ("all", "win rates by GPT-4 and by people, AdvBench", "no such judge here", "not testable here"),
 ]  # fmt: skip

@@ -260,7 +260,7 @@ def compare(methods, seeds, settings, steps):
         raise ValueError(f"seed {VALIDATION_SEED} is the validation world, on which knobs are chosen; expected others")
     settings = settings | {"steps": max(steps)}
     tried = [(method, value, VALIDATION_SEED, settings) for method in methods for value in KNOBS[method][1]]
-    _fill(VALIDATION_SEED, settings)
+    fill(VALIDATION_SEED, settings)
     tuning = workers.side_by_side(run_one, tried)
     best = {
         method: min((row for row in tuning if row["method"] == method), key=lambda row: row["gap"])["knob"]
@@ -268,7 +268,7 @@ def compare(methods, seeds, settings, steps):
     }
     rows, papers, frontiers = [], [], []
     for seed in seeds:
-        _fill(seed, settings)
+        fill(seed, settings)
         calls = [(method, best[method], seed, settings | {"steps": n}) for n in steps for method in methods]
         others = [(method, PAPERS[method], seed, settings) for method in methods if method in PAPERS]
         done = workers.side_by_side(run_one, calls + others)
@@ -279,11 +279,11 @@ def compare(methods, seeds, settings, steps):
 
 def tuned(seed, settings):
     """A row of each method with the knob of TUNED, on the world of `seed`."""
-    _fill(seed, settings)
+    fill(seed, settings)
     return workers.side_by_side(run_one, [(method, knob, seed, settings) for method, knob in TUNED.items()])
 
 
-def _fill(seed, settings):
+def fill(seed, settings):
     """The reference, then the scorers of a world into the cache, so that no two processes train the same one."""
     sizes = {name: settings[name] for name in ("n_objects", "n_tools")}
     scoring.require_feasible(suite.opened(settings | {"seed": seed})[1])
@@ -316,6 +316,10 @@ def main(argv=None):
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "comparison.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(table(rows + papers).to_string(index=False))
+    for row in tuning + rows:
+        if row["path"]:
+            print(f"{row['method']} {row['knob']:g}, seed {row['seed']}, {row['steps']} steps: multiplier swings by "
+                  f"{swing(row['path']):.3f} of its mean over the second half")  # fmt: skip
     draw(rows, tuning, frontiers, given.out)
     print(f"{time.time() - started:.0f} s; {given.out}")
     return 0

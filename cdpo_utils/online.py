@@ -4,7 +4,7 @@
 
 compares it with itself without the bonus and with the offline method, on worlds of poor coverage (`bench.make_world`):
 the same number of pairs and of optimiser steps for all three. It prints the table and writes build/online.json, with
-every round, and build/online.csv.
+every round, build/online.csv, and the figure of the rounds.
 
 Offline pairs say nothing of answers that the reference hardly gives. Online, each round draws pairs from the policy as
 it is, has them labelled, and adds a bonus b(x, y) = bonus ||phi(x, y)||_{Sigma^-1} to the believed reward and takes it
@@ -34,7 +34,20 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from cdpo_utils import algorithms, baselines, bench, data, dual, evaluate, guard, labs, policies, scoring, trainers
+from cdpo_utils import (
+    algorithms,
+    baselines,
+    bench,
+    data,
+    dual,
+    evaluate,
+    guard,
+    labs,
+    plots,
+    policies,
+    scoring,
+    trainers,
+)
 
 METHODS = ("online", "online_no_bonus", "offline")
 
@@ -284,6 +297,9 @@ def main(argv=None):
     guard.write_csv(table, given.out.with_suffix(".csv"))
     shown = ["gap", "violation_spreads", "rare", "rare_exact", "lam", "lam_exact", "labels"]
     print(table.groupby("method", sort=False)[shown].mean().round(3).to_string())
+    fig, axes = plots.plt.subplots(1, 2, figsize=(10, 4))
+    plots.online_rounds(axes, rows)
+    plots.save(fig, given.out.with_name(given.out.name + "_rounds"))
     print(f"{given.out.with_suffix('.json')}, {given.out.with_suffix('.csv')}")
     return 0
 

@@ -45,5 +45,5 @@ def model_card(title, constraint, budget, measured, settings):
     lines += ["| held-out prompts | mean | 95 % interval |", "|---|---|---|"]
     lines += [f"| {name} | {mean:.3f} | {low:.3f} to {high:.3f} |" for name, (mean, low, high) in measured.items()]
     lines += ["", "The constraint holds on average over prompts like those measured, not for every answer.", ""]
-    lines += [f"* {name}: {value}" for name, value in settings.items() if value not in ("", 0, 0.0)]
+    lines += [f"* {name}: {value}" for name, value in settings.items() if value != ""]
     return "\n".join(lines) + "\n"

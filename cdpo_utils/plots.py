@@ -497,6 +497,7 @@ def online_rounds(axes, rows):
     axes[0].set(ylabel="probability of the rare answers", ylim=(-0.02, 1.02))
     axes[1].set(ylabel="gap to the exact optimum (percent)", ylim=(0, None))
     axes[0].legend(fontsize=9, loc="upper left")
+    return axes
 
 
 def gap_by_size(axes, table):

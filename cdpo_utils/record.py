@@ -114,10 +114,15 @@ def save_record(notebook, parameters, methods, extra=None):
     }
     text = json.dumps(record, indent=1, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, path)  # a reader sees the old file or the new one, never half of one
+    write_whole(path, text + "\n")
     return path
+
+
+def write_whole(path, text):
+    """Write a text file so that a reader sees the old one or the new one, never half of one."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def records_dir():

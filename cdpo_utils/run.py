@@ -84,15 +84,9 @@ def begin(args, notebooks):
     given |= {} if args.seed is None else {"seed": args.seed}
     parameters = plan(chosen, absolute(given | dict(args.pairs)))
     folder = new_folder((args.out or record.repo_root() / "runs").absolute())
-    _keep(folder / "plan.json", {"code": code, "parameters": {path.name: v for path, v in parameters.items()}})
+    begun = {"code": code, "parameters": {path.name: v for path, v in parameters.items()}}
+    record.write_whole(folder / "plan.json", json.dumps(begun, indent=1))
     return folder, parameters, {}
-
-
-def _keep(path, value):
-    """Write JSON so that a reader finds the old file or the new one, never half of one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(part, path)
 
 
 @contextlib.contextmanager
@@ -100,7 +94,7 @@ def alone(folder):
     """Hold the folder for this process; NotUnderstood where another one that is still alive has it."""
     lock = folder / "running"
     if lock.exists() and (other := lock.read_text(encoding="utf-8")).isdecimal() and _alive(int(other)):
-        raise NotUnderstood(f"{folder}: process {other} is running it")
+        raise NotUnderstood(f"{folder}: process {other} is running it; where it is not, remove {lock}")
     lock.unlink(missing_ok=True)  # left by one that was killed
     try:
         with lock.open("x", encoding="utf-8") as file:
@@ -114,6 +108,8 @@ def alone(folder):
 
 
 def _alive(pid):
+    if os.name == "nt":  # there the signal 0 would interrupt it: only the reader can tell
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -365,7 +361,7 @@ def _run(args, folder, parameters, seconds):
             except KeyboardInterrupt:
                 print(f"interrupted in {path.name}; --resume {folder} goes on", file=sys.stderr)
                 return 130
-            _keep(folder / "done.json", seconds)
+            record.write_whole(folder / "done.json", json.dumps(seconds, indent=1))
             print(f"{label}  {report.minutes(seconds[path.stem])}", flush=True)
 
     records = read_records(folder)

@@ -61,7 +61,7 @@ def test_the_knob_with_the_smallest_gap_on_the_validation_world_is_used(monkeypa
         asked.append((method, knob, seed, settings["steps"]))
         return {"method": method, "knob": knob, "gap": abs(knob - 0.6)}
 
-    monkeypatch.setattr(comparison, "_fill", lambda seed, settings: None)
+    monkeypatch.setattr(comparison, "fill", lambda seed, settings: None)
     monkeypatch.setattr(comparison.workers, "side_by_side", lambda function, calls: [run_one(*call) for call in calls])
     monkeypatch.setattr(comparison, "frontier", lambda seed, settings: [{"seed": seed}])
     tuning, rows, papers, frontiers = comparison.compare(["modpo", "safe_dpo"], [0, 1], SETTINGS, [8, 24])
@@ -83,6 +83,7 @@ def test_the_command_tunes_and_writes_its_rows(tmp_path):
     assert len(found["tuning"]) == 6 and [row["method"] for row in found["rows"]] == ["safe_rlhf", "dual_descent"] * 2
     assert [row["steps"] for row in found["rows"]] == [4, 4, 8, 8] and len(found["papers"]) == 1
     assert "safe_rlhf" in done.stdout and "dual_descent" in done.stdout
+    assert done.stdout.count("multiplier swings by") == 6 + 4, "of each value tried, and of each row"
     for name in ("gaps", "plane", "compute", "multipliers"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         assert len(pd.read_csv(tmp_path / f"{name}.csv")) > 3

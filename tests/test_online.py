@@ -264,6 +264,7 @@ def test_the_command_prints_its_table_and_writes_both_files(tmp_path, monkeypatc
     assert np.allclose(drawn[-1], found["rows"][0]["rare_exact"])
     plt.close(fig)
     table = (tmp_path / "a" / "online.csv").read_text().splitlines()
+    assert (tmp_path / "a" / "online_rounds.png").stat().st_size > 10_000
     assert len(table) == 4 and {"gap", "violation_spreads", "rare", "labels"} <= set(table[0].split(","))
     assert online.main([*arguments, "--pairs", "9"]) == 2
     assert "pairs 9; expected at most samples, 8" in capsys.readouterr().err

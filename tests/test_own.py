@@ -36,6 +36,8 @@ def test_the_reward_stays_and_the_cost_is_one_constraint():
 
 
 def test_the_card_says_what_was_promised_and_what_was_measured():
-    card = own.model_card("T", "x stays rare", 0.05, {"share, after": (0.04, 0.03, 0.051)}, {"beta": 1.0, "model": ""})
+    card = own.model_card(
+        "T", "x stays rare", 0.05, {"share, after": (0.04, 0.03, 0.051)}, {"beta": 1.0, "seed": 0, "model": ""}
+    )
     assert "**x stays rare**: at most 0.05 on average" in card and "| share, after | 0.040 | 0.030 to 0.051 |" in card
-    assert "* beta: 1.0" in card and "model" not in card and "not for every answer" in card
+    assert "* beta: 1.0" in card and "* seed: 0" in card and "model" not in card and "not for every answer" in card
