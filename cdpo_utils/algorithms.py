@@ -7,7 +7,8 @@ One trainer lives through all rounds; answers are tokenised once; reference log-
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 
-from cdpo_utils import dual, policies, ranks, trainers
+from cdpo_utils import checkpoints, dual, policies, progress, ranks, record, trainers
 from cdpo_utils.bench import sigmoid
 from cdpo_utils.logprobs import BATCH_TOKENS, cached_logps
 
@@ -38,6 +39,8 @@ class Lab:
     shards: int = 1  # parts of the prompts with a random stream each: what is sampled does not depend on who samples it
     judged: Callable | None = None  # text -> text: what scorers see of an answer that the token limit has cut off
     cache: dict = field(default_factory=dict, repr=False)  # (prompt ids, answer ids) -> log pi_ref
+    gap: Callable | None = None  # (policy, beta, budget) -> percent, or None: to be shown while a loop runs
+    checkpoints: Path | None = field(default_factory=record.checkpoints_dir)  # of the dual loops, see `checkpoints`
 
     def new_policy(self, seed=0):
         """A trainable policy equal to the reference. With LoRA the one adapter is set back, its random part drawn from
@@ -113,6 +116,9 @@ class Feedback:
     reward: Callable
     costs: Callable
     kind: str  # "oracle" or "learned"
+    beside: dict = field(default_factory=dict)  # name -> costs of others: shown the same answers, for the record
+    known: tuple = ()  # dicts (prompt, answer) -> score of what is scored once in a feedback's life
+    rng: np.random.Generator | None = None  # that draws votes
 
     # A scorer returns NaN for a text it cannot judge (the bench's truth, outside the grammar). Pairs with such a text
     # are left out; a mean over samples leaves it out and the record counts it ("outside").
@@ -122,6 +128,12 @@ class Feedback:
         shape = (len(samples.texts), len(samples.texts[0]))
         costs = np.asarray(self.costs(*samples.flat()))
         return np.asarray(self.reward(*samples.flat())).reshape(shape), costs.reshape(*shape, -1)
+
+    def beside_on(self, samples):
+        """{name: mean cost, a list of m} of samples by those `beside`."""
+        shape = (len(samples.texts), len(samples.texts[0]), -1)
+        read = {name: np.asarray(costs(*samples.flat())) for name, costs in self.beside.items()}
+        return {name: dual.prompt_mean(costs.reshape(shape)).tolist() for name, costs in read.items()}
 
 
 @dataclass
@@ -134,6 +146,7 @@ class Schedule:
     lr: float = 5e-3  # peak learning rate of the first round's cosine schedule; the k-th round has lr / k
     level: float = 0.03  # weight of losses.level_loss, in units of beta^2
     seed: int = 0
+    report_to: str = "none"  # where the trainers log: "tensorboard", "trackio", ..., where that is installed
 
     def train_round(self, trainer, k):
         """Round k = 0, 1, ... of a dual loop: its steps. Smaller learning rates average out what one round jitters."""
@@ -169,7 +182,7 @@ def set_column(dataset, name, values):
 def _trainer(lab, policy, pairs, beta, schedule, **loss):
     return trainers.preference_trainer(
         policy, lab.tokenizer, pairs, beta, schedule.batch_size, schedule.lr, schedule.seed, schedule.level,
-        lab.max_length, **loss,
+        lab.max_length, report_to=schedule.report_to, **loss,
     )  # fmt: skip
 
 
@@ -224,7 +237,7 @@ def c_dpo(lab, frame, feedback, budget, beta, schedule, labels="soft", samples=3
         - np.asarray(score(list(frame.prompt), list(frame.rejected)))
         for score in (feedback.reward, feedback.costs)
     ]
-    return _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, **loop)
+    return _lagrangian_dpo(lab, "C-DPO", pairs, difference, feedback, budget, beta, schedule, labels, samples, **loop)
 
 
 def dual_descent(lab, reference_samples, feedback, budget, beta, schedule, labels="soft", samples=32, **loop):
@@ -234,7 +247,9 @@ def dual_descent(lab, reference_samples, feedback, budget, beta, schedule, label
     watch(policy, rounds) is called after each round, see `first_round`; the rest of `loop` goes to `dual.descend`.
     """
     pairs, difference = sampled_pairs(lab, reference_samples, feedback, schedule.seed)
-    return _lagrangian_dpo(lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, **loop)
+    return _lagrangian_dpo(
+        lab, "dual descent", pairs, difference, feedback, budget, beta, schedule, labels, samples, **loop
+    )
 
 
 def one_shot(lab, reference_samples, feedback, budget, beta, schedule, labels="soft", samples=32):
@@ -293,7 +308,7 @@ def sampled_pairs(lab, samples, feedback, seed, pairings=4):
 
 
 def _lagrangian_dpo(
-    lab, pairs, difference, feedback, budget, beta, schedule, labels, samples, lam=0.0, watch=None, **loop
+    lab, name, pairs, difference, feedback, budget, beta, schedule, labels, samples, lam=0.0, watch=None, **loop
 ):
     """The loop that C-DPO and dual descent share: they differ in where pairs come from."""
     rng = np.random.default_rng([schedule.seed, 6])
@@ -306,13 +321,55 @@ def _lagrangian_dpo(
         trainer.train_dataset = set_column(trainer.train_dataset, "pref_prob", p)
         return schedule.train_round(trainer, k)
 
-    def measure(k):
-        rewards, costs = ranks.of_first(feedback.on(lab.sample(policy, samples, schedule.seed + 1000 + k)))
-        return costs, {"reward": float(dual.prompt_mean(rewards)), "labels": 0}
-
-    start = np.broadcast_to(np.atleast_1d(np.asarray(lam, float)), budget.shape)
+    state = {"method": name, "labels": labels, "difference": difference}
     watch = watch and functools.partial(watch, policy)
-    return policy, dual.descend(maximise, measure, start, budget, beta, watch=watch, **loop)
+    return policy, _descend(
+        lab, policy, [trainer], maximise, feedback, budget, beta, schedule, samples, state, lam, generators=[rng],
+        watch=watch, **loop,
+    )  # fmt: skip
+
+
+def _descend(lab, policy, chain, maximise, feedback, budget, beta, schedule, samples, state, lam, labels=0,
+             generators=(), ends=(), watch=None, max_rounds=6, **loop):  # fmt: skip
+    """`dual.descend` with what all loops share: costs of answers sampled from `policy`, files after each round, and a
+    line that tells how far it is. `chain` has a trainer per link. For `checkpoints`: what `state` says of the loop
+    beyond the other arguments, random `generators` and the `ends` of links."""
+    lam = np.broadcast_to(np.atleast_1d(np.asarray(lam, float)), budget.shape)
+    line = progress.Loop(
+        state["method"], max_rounds, len(chain) * schedule.steps, len(chain) * schedule.round_steps,
+        lab.gap and functools.partial(lab.gap, policy, beta, budget),
+    )  # fmt: skip
+    for trainer in chain:
+        trainer.add_callback(trainers.EachStep(line.step))
+
+    def measure(k):
+        drawn = lab.sample(policy, samples, schedule.seed + 1000 + k)
+        extra = {"beside": feedback.beside_on(drawn)} if feedback.beside else {}
+        rewards, costs = ranks.of_first(feedback.on(drawn))
+        return costs, {"reward": float(dual.prompt_mean(rewards)), "labels": labels * costs.size} | extra
+
+    def watched(rounds):
+        line.watch(rounds)
+        if schedule.report_to != "none" and line.own_steps:
+            now = {name: rounds[-1][name] for name in ("lam", "cost", "violation")}
+            chain[0].log({f"dual/{name}_{i}": v for name, values in now.items() for i, v in enumerate(values)})
+        if watch is not None:
+            watch(rounds)
+
+    store = None
+    if lab.checkpoints is not None:
+        drawing = [*generators, *([feedback.rng] if feedback.rng else [])]
+        settings = state | {
+            "schedule": asdict(schedule), "beta": beta, "budget": budget, "lam": lam, "loop": loop | {"k": max_rounds},
+            "samples": [samples, labels], "feedback": feedback.kind, "prompts": lab.prompts,
+            "random": [generator.bit_generator.state for generator in drawing],
+        }  # fmt: skip
+        folder = checkpoints.folder_of(lab.checkpoints, settings, policy, [trainer.train_dataset for trainer in chain])
+        store = checkpoints.Store(folder, policy, chain, drawing, feedback.known, ends)
+    loop |= {"max_rounds": max_rounds, "watch": watched, "store": store}
+    descent = dual.descend(maximise, measure, lam, budget, beta, **loop)
+    line.end(descent.message)
+    return descent
 
 
 def votes(feedback, labels, seed):
@@ -324,7 +381,7 @@ def votes(feedback, labels, seed):
         unsafe = rng.binomial(labels, sigmoid(np.nan_to_num(true)))
         return np.where(np.isnan(true), np.nan, dual.logit_cost(unsafe, labels))
 
-    return Feedback(feedback.reward, costs, feedback.kind)
+    return replace(feedback, costs=costs, rng=rng)
 
 
 def pd_dpo(lab, reward_policy, frames, feedback, budget, beta, schedule, samples=32, labels=0, lam=1.0, **loop):
@@ -367,12 +424,20 @@ def pd_dpo(lab, reward_policy, frames, feedback, budget, beta, schedule, samples
         policies.restore(policy, before)
         return steps
 
-    def measure(k):
-        rewards, costs = ranks.of_first(feedback.on(lab.sample(policy, samples, schedule.seed + 1000 + k)))
-        return costs, {"reward": float(dual.prompt_mean(rewards)), "labels": labels * costs.size}
+    state = {"method": "PD-DPO", "scores": _some_scores(feedback, frames[0]) if lab.checkpoints else None}
+    return policy, _descend(
+        lab, policy, chain, maximise, feedback, budget, beta, schedule, samples, state, lam, labels, ends=ends, **loop
+    )
 
-    start = np.broadcast_to(np.atleast_1d(np.asarray(lam, float)), budget.shape)
-    return policy, dual.descend(maximise, measure, start, budget, beta, **loop)
+
+def _some_scores(feedback, frame):
+    """What `feedback` says of a few answers, which tells it from another; no vote is drawn from its random stream."""
+    before = feedback.rng and feedback.rng.bit_generator.state
+    texts = list(frame.prompt[:8]), list(frame.chosen[:8])
+    scores = [np.nan_to_num(score(*texts)).tolist() for score in (feedback.reward, feedback.costs)]
+    if feedback.rng:
+        feedback.rng.bit_generator.state = before
+    return scores
 
 
 def _link(lab, policy, frame, beta, schedule):

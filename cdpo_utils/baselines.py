@@ -171,7 +171,7 @@ def rectified(feedback, budget):
     def costs(prompts, answers):
         return np.maximum(feedback.costs(prompts, answers) - budget, 0.0)
 
-    return Feedback(feedback.reward, costs, feedback.kind)
+    return dataclasses.replace(feedback, costs=costs)
 
 
 def within_budget(reward, cost, budget):

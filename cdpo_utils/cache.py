@@ -45,22 +45,22 @@ def cached_weights(name, settings, model, train):
     """Give `model` its trained weights: from the cache, or by `train(model)`, which is then kept. Returns the model."""
     path = entry(name, settings)
     with contextlib.suppress(SafetensorError, RuntimeError):  # damaged, or another model's: train
-        if _on_all_ranks(body := _read(path)):
+        if _on_all_ranks(body := read_checked(path)):
             model.load_state_dict(load(body))
             return model
     train(model)
     # tied weights share memory, which safetensors refuses: every tensor is copied out
-    _write(path, save({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}))
+    write_checked(path, save({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}))
     return model
 
 
 def cached_json(name, settings, make):
     """The JSON value of `name` made with `settings`: from the cache, or by `make()`, which is then kept."""
     path = guard.inside(cache_dir(), f"{name}-{key_of(settings)}.json")
-    if _on_all_ranks(body := _read(path)):
+    if _on_all_ranks(body := read_checked(path)):
         return json.loads(body)
     value = make()
-    _write(path, json.dumps(value).encode())
+    write_checked(path, json.dumps(value).encode())
     return value
 
 
@@ -69,8 +69,8 @@ def _on_all_ranks(body):
     return all(ranks.merge({ranks.rank(): body is not None}).values())
 
 
-def _read(path):
-    """The entry without its checksum; None where it is absent or damaged."""
+def read_checked(path):
+    """What `write_checked` wrote; None where it is absent or damaged."""
     try:
         blob = path.read_bytes()
     except OSError:
@@ -79,7 +79,8 @@ def _read(path):
     return body if hashlib.sha256(body).hexdigest().encode() == checksum else None
 
 
-def _write(path, body):
+def write_checked(path, body):
+    """Write bytes behind their checksum, so that a reader finds the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_bytes(hashlib.sha256(body).hexdigest().encode() + body)

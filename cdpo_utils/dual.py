@@ -159,7 +159,7 @@ def bracketed(lam, rounds, tolerance):
 
 
 def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tolerance=0.05, patience=2, lowest=None,
-            watch=None):  # fmt: skip
+            watch=None, store=None):  # fmt: skip
     """Dual descent: alternate approximate Lagrangian maximisation and projected dual steps.
 
     maximise(lam, k) trains the policy for multiplier lam (m,) in round k and returns its optimiser steps; measure(k)
@@ -170,13 +170,17 @@ def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tol
 
     `lowest` (m,), where known, is the smallest attainable cost: a budget below it is reported, not chased.
     watch(rounds) is called after each round, while the policy is still that round's.
+    store keeps the loop after each round: store.save(lam, rounds, end), where `end` is None or (converged, message);
+    store.load(watch) returns the last three saved, with the policy as it was then and watched rounds watched, or None.
     """
     lam, budget = np.atleast_1d(np.asarray(lam, float)), np.atleast_1d(np.asarray(budget, float))
     if lowest is not None and np.any(np.atleast_1d(lowest) >= budget):
         attainable = ", ".join(f"{v:.3f}" for v in np.atleast_1d(lowest))
         return Descent(lam, [], False, f"budget {budget.tolist()} cannot be met: smallest attainable cost {attainable}")
-    rounds = []
-    for k in range(max_rounds):
+    rounds, end = [], None
+    if store is not None and (kept := store.load(watch)):
+        lam, rounds, end = np.asarray(kept[0], float), *kept[1:]
+    for k in range(len(rounds), max_rounds if end is None else 0):
         steps = maximise(lam, k)
         costs, extra = measure(k)
         cost = prompt_mean(costs)
@@ -187,8 +191,14 @@ def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tol
         if watch is not None:
             watch(rounds)
         if settled(rounds, tolerance, patience):
-            return Descent(lam, rounds, True, f"violation within {tolerance} for {patience} rounds")
-        if k + 1 < max_rounds:
+            end = True, f"violation within {tolerance} for {patience} rounds"
+        elif k + 1 < max_rounds:
             lam = dual_step(lam, violation, dual_lr / max(1, k - 2) * step_size(costs, beta))
             lam = bracketed(lam, rounds, tolerance) if len(lam) == 1 else lam
-    return Descent(lam, rounds, False, f"not settled within {max_rounds} rounds")
+        else:
+            end = False, f"not settled within {max_rounds} rounds"
+        if store is not None:
+            store.save(lam, rounds, end)
+        if end:
+            break
+    return Descent(lam, rounds, *(end or (False, f"not settled within {max_rounds} rounds")))

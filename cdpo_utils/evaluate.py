@@ -1,6 +1,6 @@
 """Judging a policy: exactly, where the answers can be enumerated; by samples with intervals, where they cannot."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.stats import t as student
@@ -20,6 +20,12 @@ class Truth:
     budget: np.ndarray  # (m,)
     beta: float
     optimum: exact.Optimum
+
+
+def first_prompts(truth, n):
+    """The truth about its first n prompts, under the same optimum."""
+    arrays = {name: getattr(truth, name)[:n] for name in ("prompts", "ref_logps", "reward", "costs")}
+    return replace(truth, **arrays, optimum=replace(truth.optimum, logps=truth.optimum.logps[:n]))
 
 
 def policy_logps(model, tokenizer, prompts, answers):

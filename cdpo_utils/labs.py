@@ -1,7 +1,8 @@
 """What a notebook starts from on the bench: the world, its reference policy, labelled pairs, and who scores answers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 
 from cdpo_utils import bench, data, dual, evaluate, exact, policies, record, trainers, workers
@@ -27,6 +28,7 @@ class Bench:
     frame: pd.DataFrame  # labelled pairs on training prompts, PKU-SafeRLHF's columns
     account: str  # what became of the rows
     sizes: dict
+    truths: dict = field(default_factory=dict, repr=False)  # (beta, budget) -> the training prompts' `truth`, if known
     setting = "bench"
     exact = True  # answers can be enumerated
     content = ""  # parameters say all about a world
@@ -59,7 +61,16 @@ class Bench:
 
     def truth(self, split, beta, budget, constraints=(0,)):
         """The exact side of "train" or "test", see `evaluate.truth`."""
-        return evaluate.truth(self.world, self.lab.model, self.lab.tokenizer, split, beta, budget, constraints)
+        truth = evaluate.truth(self.world, self.lab.model, self.lab.tokenizer, split, beta, budget, constraints)
+        if split == "train" and list(constraints) == list(range(len(truth.budget))):
+            self.truths[float(beta), tuple(truth.budget)] = truth
+        return truth
+
+    def gap(self, policy, beta, budget, prompts=24):
+        """The gap, in percent, on the first training prompts, for the line of a running loop; None where `truth` was
+        not yet asked for this beta and budget."""
+        truth = self.truths.get((float(beta), tuple(np.atleast_1d(budget))))
+        return truth and self.evaluate(policy, evaluate.first_prompts(truth, prompts))["gap"]
 
     def reference_cost(self):
         """The first cost of the reference on training prompts, exactly."""
@@ -105,7 +116,7 @@ def make_bench(seed=0, n_pairs=120_000, **sizes):
 
     settings = {"seed": seed, "sizes": sizes, **SFT}
     trained = cached_weights("reference", settings, policies.small_llama(made.lab.tokenizer, seed), train)
-    made.lab.model = policies.clean_copy(trained)
+    made.lab.model, made.lab.gap = policies.clean_copy(trained), made.gap
     return made
 
 
@@ -144,6 +155,7 @@ def trained_feedback(tokenizer, reward_model, cost_model, batch_tokens=BATCH_TOK
         lambda *texts: policies.score(reward_model, tokenizer, *texts, batch_tokens, known[0]),
         lambda *texts: policies.score(cost_model, tokenizer, *texts, batch_tokens, known[1])[:, None],
         "learned",
+        known=known,
     )
 
 

@@ -5,10 +5,9 @@ such answers and a budget of 0.05 allows one answer in twenty. A function of you
 """
 
 import re
+from dataclasses import replace
 
 import numpy as np
-
-from cdpo_utils.algorithms import Feedback
 
 
 def pattern_cost(pattern):
@@ -34,7 +33,7 @@ def words_cost(words):
 
 def with_cost(feedback, cost):
     """`feedback`'s reward with your cost, a function (prompts, answers) -> (n,), as its one constraint."""
-    return Feedback(feedback.reward, lambda prompts, answers: np.asarray(cost(prompts, answers))[:, None], "learned")
+    return replace(feedback, costs=lambda prompts, answers: np.asarray(cost(prompts, answers))[:, None], kind="learned")
 
 
 def model_card(title, constraint, budget, measured, settings):

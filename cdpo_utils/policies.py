@@ -1,6 +1,7 @@
 """Tokenizers and models: the bench's small Llama, a pretrained model with LoRA, and sampling from either."""
 
 import contextlib
+import hashlib
 from copy import deepcopy
 
 import numpy as np
@@ -180,6 +181,15 @@ def clean_copy(model):
 def snapshot(model):
     """A copy of the trainable weights, by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def digest(weights):
+    """Of tensors by name, so that a cached adapter never meets another base, nor cached answers another adapter."""
+    state = hashlib.sha256()
+    for name, tensor in weights.items():
+        state.update(name.encode())
+        state.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return state.hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -166,11 +166,11 @@ class Real:
             return Feedback(reward_model, lambda *texts: cost_model(*texts)[:, None], "learned")
         feedback = trained_feedback(self.lab.tokenizer, reward_model, cost_model, FORWARD_TOKENS)
         reward, costs = self._kept(feedback.reward, reward_model), self._kept(feedback.costs, cost_model)
-        return Feedback(reward, costs, "learned")
+        return Feedback(reward, costs, "learned", known=feedback.known)
 
     def _kept(self, score, scorer):
         """`score`, whose results stay in the cache: what notebooks judge in common is scored once."""
-        settings = {"base": self.digest, "scorer": scorer and _digest(policies.snapshot(scorer))}
+        settings = {"base": self.digest, "scorer": scorer and policies.digest(policies.snapshot(scorer))}
         settings |= {"template": policies.encode_prompts(self.lab.tokenizer, ["x"])}
 
         def kept(*texts):
@@ -248,7 +248,7 @@ class Real:
         if weights is not None:
             policies.restore(lab.model, weights)
         settings = {
-            "base": self.digest, "adapter": weights and _digest(weights), "samples": samples, "seed": self.seed,
+            "base": self.digest, "adapter": weights and policies.digest(weights), "samples": samples, "seed": self.seed,
             "prompts": policies.encode_prompts(lab.tokenizer, prompts), "end": lab.tokenizer.eos_token_id,
             "shards": lab.shards, "max_new_tokens": lab.max_new_tokens, "rows": lab.sample_rows,
             "source": record.source_hash(),
@@ -372,7 +372,7 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     ready = preflight.check(model, HUB.get(model, model))
     frames, accounts = _load(data_file, helpful_file, safety_file)  # first: bad files are found before a model loads
     base, tokenizer = load_model(model)
-    digest = _digest(base.state_dict())
+    digest = policies.digest(base.state_dict())
     backbone = getattr(base, base.base_model_prefix).state_dict()
     torch.manual_seed(seed)
     policy = get_peft_model(base, lora(base, task_type="CAUSAL_LM"))
@@ -506,12 +506,3 @@ def _set_padding(tokenizer, base):
     tokenizer.padding_side = "left"
     base.config.pad_token_id = base.generation_config.pad_token_id = tokenizer.pad_token_id
     base.config.eos_token_id = base.generation_config.eos_token_id = tokenizer.eos_token_id
-
-
-def _digest(weights):
-    """Of tensors by name, so that a cached adapter never meets another base, nor cached answers another adapter."""
-    digest = hashlib.sha256()
-    for name, tensor in weights.items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

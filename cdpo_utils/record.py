@@ -130,6 +130,11 @@ def records_dir():
     return Path(os.environ.get("CDPO_RUN_DIR") or repo_root() / "build") / "records"
 
 
+def checkpoints_dir():
+    """Where the dual loops of a run keep their state, in $CDPO_RUN_DIR; None outside of a run."""
+    return Path(run) / "checkpoints" if (run := os.environ.get("CDPO_RUN_DIR")) else None
+
+
 def source_hash():
     """Digest of the package's source: a record made by other code is not comparable."""
     digest = hashlib.sha256()

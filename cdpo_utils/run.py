@@ -2,7 +2,7 @@
 
 Each run gets a folder of its own, runs/<time>/, with the executed notebooks, their records, summary.json and an HTML
 report; runs/latest leads to the newest complete one. A run that was killed goes on with --resume runs/<time>: notebooks
-that were done are not run again, the one that was interrupted starts anew.
+that were done are not run again, in the one that was interrupted dual loops go on after their last whole round.
 Exit status: 0 done, 1 a notebook failed, 2 not understood and nothing run, 130 interrupted.
 """
 
@@ -14,7 +14,9 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +26,7 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from cdpo_utils import guard, record, report
+from cdpo_utils import guard, progress, record, report
 
 KINDS = {"bool": bool, "int": int, "float": float, "str": str}
 
@@ -265,16 +267,17 @@ def execute(path, parameters, folder, label):
     start = time.perf_counter()
     output = folder / path.name
     try:
-        papermill.execute_notebook(
-            path,
-            output,
-            parameters=parameters,
-            kernel_name="python3",
-            cwd=record.repo_root(),
-            start_timeout=300,  # a loaded machine
-            extra_arguments=["--log-level=CRITICAL"],  # else each kernel warns that it listens on a local port
-            progress_bar={"desc": label, "leave": False, "disable": None},  # None: only on a terminal
-        )
+        with told(folder, label):
+            papermill.execute_notebook(
+                path,
+                output,
+                parameters=parameters,
+                kernel_name="python3",
+                cwd=record.repo_root(),
+                start_timeout=300,  # a loaded machine
+                extra_arguments=["--log-level=CRITICAL"],  # else each kernel warns that it listens on a local port
+                progress_bar=False,
+            )
     except PapermillExecutionError as error:
         first = next((line for line in error.source.splitlines() if line.strip()), "")
         where = f"{path.name}, {place(path, error.source)}: {first}"
@@ -288,6 +291,29 @@ def execute(path, parameters, folder, label):
     finally:
         guard.scrub(output)
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def told(folder, label):
+    """Meanwhile, on one line of a terminal: how long it has been, and where the dual loops of the run are."""
+    stop, start = threading.Event(), time.perf_counter()
+
+    def tell():
+        while not stop.wait(progress.EVERY):
+            seconds = report.minutes(time.perf_counter() - start)
+            line = f"{label}  {seconds}  {guard.visible(progress.lines(folder))}"
+            print(progress.terminal_line(line), end="", file=sys.stderr, flush=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    if sys.stderr.isatty():
+        teller.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if teller.is_alive():
+            teller.join()
+            print(progress.terminal_line(""), end="", file=sys.stderr, flush=True)
 
 
 def place(path, source):
@@ -362,6 +388,8 @@ def _run(args, folder, parameters, seconds):
                 print(f"interrupted in {path.name}; --resume {folder} goes on", file=sys.stderr)
                 return 130
             record.write_whole(folder / "done.json", json.dumps(seconds, indent=1))
+            for kept in ("checkpoints", "progress"):  # of its dual loops, which have ended
+                shutil.rmtree(folder / kept, ignore_errors=True)
             print(f"{label}  {report.minutes(seconds[path.stem])}", flush=True)
 
     records = read_records(folder)

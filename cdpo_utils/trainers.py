@@ -15,7 +15,7 @@ from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from pyarrow.compute import list_value_length
 from safetensors.torch import save_file
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import add_fused_lm_head
 
@@ -50,8 +50,8 @@ def pair_dataset(tokenizer, prompts, chosen, rejected, **columns):
     )
 
 
-def _arguments(kind, batch_size, lr, seed, **more):
-    """Settings common to all trainers: cosine schedule, no checkpoints, nothing reported, precision said aloud.
+def _arguments(kind, batch_size, lr, seed, report_to="none", **more):
+    """Settings common to all trainers: cosine schedule, precision said aloud; checkpoints are `checkpoints`' business.
 
     `batch_size` is the optimiser's; several processes divide it. Raises ValueError where they cannot.
     """
@@ -60,7 +60,7 @@ def _arguments(kind, batch_size, lr, seed, **more):
     return kind(
         output_dir=tempfile.gettempdir(), max_steps=1, per_device_train_batch_size=batch_size // ranks.world(),
         learning_rate=lr, lr_scheduler_type="cosine", weight_decay=0.0, seed=seed,
-        save_strategy="no", logging_strategy="steps", logging_steps=50, report_to="none", disable_tqdm=True,
+        save_strategy="no", logging_strategy="steps", logging_steps=50, report_to=report_to, disable_tqdm=True,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
         activation_checkpointing=False, dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
@@ -79,9 +79,39 @@ def run_steps(trainer, steps, seed, lr=None):
     trainer.args.warmup_steps = min(20, max(1, steps // 10))
     torch.manual_seed(seed)
     trainer.train()
+    if isinstance(trainer, PreferenceTrainer):
+        trainer.steps_before += trainer.state.global_step
     if trainer.state.global_step != steps:
         raise RuntimeError(f"{trainer.state.global_step} of {steps} steps were taken: too few rows for one batch")
     return steps
+
+
+def moments(trainer):
+    """The optimiser's state, {"parameter/kind": tensor}; empty before the first step."""
+    named = {p: name for name, p in trainer.model.named_parameters()}
+    state = trainer.optimizer.state if trainer.optimizer else {}
+    return {f"{named[p]}/{kind}": value for p, kinds in state.items() for kind, value in kinds.items()}
+
+
+def restore_moments(trainer, kept):
+    """Put back what `moments` gave, into an optimiser of its own. Raises KeyError if it belongs to another model."""
+    if not kept:
+        return
+    parameters = dict(trainer.model.named_parameters())
+    trainer.create_optimizer()
+    for key, value in kept.items():
+        name, kind = key.rsplit("/", 1)
+        trainer.optimizer.state[parameters[name]][kind] = value.to(parameters[name].device) if value.dim() else value
+
+
+class EachStep(TrainerCallback):
+    """Calls a function after each optimiser step; for `trainer.add_callback`."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.act()
 
 
 @dataclass
@@ -173,6 +203,7 @@ class PreferenceTrainer(DPOTrainer):
     def __init__(self, *args, level=0.0, pair_loss=losses.soft_dpo_loss, **kwargs):
         super().__init__(*args, **kwargs)
         self.level, self.pair_loss = level, pair_loss
+        self.steps_before = 0  # of earlier rounds: what is logged counts on from there
         unsupported = {
             "loss_type": self.loss_types != ["sigmoid"], "ld_alpha": self.ld_alpha is not None,
             "f_divergence_type": self.f_divergence_type != "reverse_kl", "use_weighting": self.use_weighting,
@@ -210,14 +241,19 @@ class PreferenceTrainer(DPOTrainer):
         self._log_pairs(mode, inputs, policy_chosen - ref_chosen, policy_rejected - ref_rejected)
         return (loss, out) if return_outputs else loss
 
+    def log(self, logs, *args, **kwargs):
+        self.state.global_step += self.steps_before
+        try:
+            super().log(logs, *args, **kwargs)
+        finally:
+            self.state.global_step -= self.steps_before
+
     def _stopped_at(self, per_pair, inputs):
         """Where a loss broke, in one line; weights, optimiser state and log history before that step are kept."""
         folder = record.records_dir().parent / "stopped" / str(ranks.rank())
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: w.contiguous() for name, w in snapshot(self.model).items()}, folder / "weights.safetensors")
-        named = {p: name for name, p in self.model.named_parameters()}
-        moments = {(named[p], kind): v for p, state in self.optimizer.state.items() for kind, v in state.items()}
-        save_file({".".join(key): v.contiguous() for key, v in moments.items()}, folder / "optimizer.safetensors")
+        save_file({name: v.contiguous() for name, v in moments(self).items()}, folder / "optimizer.safetensors")
         self.state.save_to_json(str(folder / "trainer_state.json"))
         broken = (~torch.isfinite(per_pair)).nonzero().flatten().tolist()
         where = "the level term"
@@ -245,13 +281,18 @@ class PreferenceTrainer(DPOTrainer):
 
 
 def preference_trainer(
-    model, tokenizer, dataset, beta, batch_size, lr, seed, level=0.0, max_length=None, pair_loss=losses.soft_dpo_loss
-):
+    model, tokenizer, dataset, beta, batch_size, lr, seed, level=0.0, max_length=None, pair_loss=losses.soft_dpo_loss,
+    report_to="none",
+):  # fmt: skip
     """A `PreferenceTrainer` over `pair_dataset` rows; train it, in one go or in rounds, with `run_steps`.
+
+    `report_to` is the trainer's own: "tensorboard", "trackio", ... where that is installed.
 
     Raises ValueError for a model that cannot keep the answers of a pair apart, see `_check_apart`.
     """
-    args = _arguments(DPOConfig, batch_size, lr, seed, beta=beta, max_length=max_length, precompute_ref_log_probs=True)
+    args = _arguments(
+        DPOConfig, batch_size, lr, seed, report_to, beta=beta, max_length=max_length, precompute_ref_log_probs=True
+    )
     columns = REF_COLUMNS + (PAIR_COLUMNS if level > 0 else PAIR_COLUMNS[:1])
     collator = PairCollator(tokenizer.pad_token_id, columns, max_length)
     trainer = PreferenceTrainer(

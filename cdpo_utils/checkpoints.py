@@ -1,0 +1,126 @@
+"""Where a dual loop stands after each round, kept in files, so that a loop whose process was killed goes on.
+
+A loop's folder is named by a digest of all that decides its result (`folder_of`): what lies there belongs to this loop
+and no other, and a change of code, versions, rows, weights or numbers begins a new one. Every file has its checksum and
+is put in place whole; `state` comes last and names the round, so a kill between two files leaves the round before.
+A loop that goes on ends with the same bits, on one machine's processor, as one that was never interrupted: besides
+weights and optimiser it takes up its random states and what scorers have said already, since a score of float32 depends
+in its last digit on the batch it was computed in.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+
+from cdpo_utils import cache, policies, ranks, record, trainers
+
+VERSIONS = ("python", "torch", "transformers", "trl", "peft", "threads")  # of `record.versions`: what bits depend on
+
+
+@dataclass
+class Store:
+    """Files of one loop; `dual.descend` calls `load` once and `save` after each round.
+
+    Several processes: the first one writes, all read, so they need one file system.
+    """
+
+    folder: Path
+    policy: torch.nn.Module
+    trainers: list  # one per link of a chain
+    generators: list  # numpy's, in an order that does not change
+    known: tuple = ()  # dicts (prompt, answer) -> score, see `algorithms.Feedback`
+    ends: list = field(default_factory=list)  # weights that each link ended with, or None
+
+    def save(self, lam, rounds, end):
+        """Keep the state after round len(rounds); `lam` is the next one's multiplier, `end` None or how it ended."""
+        if ranks.rank():
+            return
+        k, moments = len(rounds), {}
+        for i, trainer in enumerate(self.trainers):
+            moments |= {f"{i}/moment/{name}": value for name, value in trainers.moments(trainer).items()}
+        for i, weights in enumerate(self.ends):
+            moments |= {f"{i}/end/{name}": value for name, value in (weights or {}).items()}
+        moments["random"] = torch.get_rng_state()
+        cache.write_checked(self.folder / f"policy-{k}", _bytes(policies.snapshot(self.policy)))
+        cache.write_checked(self.folder / f"optimiser-{k}", _bytes(moments))
+        state = {
+            "round": k, "lam": list(map(float, lam)), "rounds": rounds, "end": end,
+            "generators": [generator.bit_generator.state for generator in self.generators],
+            "steps": [trainer.steps_before for trainer in self.trainers],
+            "known": [[[*texts, score] for texts, score in scores.items()] for scores in self.known],
+        }  # fmt: skip
+        cache.write_checked(self.folder / "state", json.dumps(state).encode())
+        (self.folder / f"optimiser-{k - 1}").unlink(missing_ok=True)
+
+    def load(self, watch=None):
+        """(lam, rounds, end) as last saved, with everything put back; None where there is nothing, or nothing whole.
+
+        watch(rounds) is called for each round, the policy being that round's.
+        """
+        found = self._read(watch is not None)
+        if not all(ranks.merge({ranks.rank(): found is not None}).values()):
+            return None
+        state, weights, moments = found
+        rounds = state["rounds"]
+        for k in sorted(weights):
+            policies.restore(self.policy, weights[k])
+            if watch is not None:
+                watch(rounds[:k])
+        for i, trainer in enumerate(self.trainers):
+            trainers.restore_moments(trainer, _part(moments, f"{i}/moment/"))
+            trainer.steps_before = state["steps"][i]
+        for i in range(len(self.ends)):
+            self.ends[i] = _part(moments, f"{i}/end/") or None
+        for generator, kept in zip(self.generators, state["generators"], strict=True):
+            generator.bit_generator.state = kept
+        for scores, kept in zip(self.known, state["known"], strict=True):
+            scores.update({(prompt, answer): score for prompt, answer, score in kept})
+        torch.set_rng_state(moments["random"])
+        print(f"goes on after round {len(rounds)}, from {self.folder.name}")
+        return np.array(state["lam"]), rounds, state["end"] and tuple(state["end"])
+
+    def _read(self, all_rounds):
+        """State, weights by round and the rest, all read and checked before anything is changed."""
+        if (body := cache.read_checked(self.folder / "state")) is None:
+            if (self.folder / "state").exists():
+                print(f"{self.folder / 'state'}: damaged; the loop begins anew")
+            return None
+        state = json.loads(body)
+        last = state["round"]
+        names = [f"policy-{k}" for k in range(1 if all_rounds else last, last + 1)] + [f"optimiser-{last}"]
+        bodies = [cache.read_checked(self.folder / name) for name in names]
+        if None in bodies:
+            print(f"{self.folder / names[bodies.index(None)]}: missing or damaged; the loop begins anew")
+            return None
+        *weights, moments = map(load, bodies)
+        return state, dict(zip(range(last + 1 - len(weights), last + 1), weights, strict=True)), moments
+
+
+def folder_of(parent, settings, policy, datasets):
+    """parent / digest of JSON-able `settings`, the policy's weights, the rows of `datasets`, code and versions."""
+    versions = {name: value for name, value in record.versions().items() if name in VERSIONS}
+    outside = {"source": record.source_hash(), "versions": versions, "processes": ranks.world()}
+    text = json.dumps(settings | outside, sort_keys=True, default=lambda value: np.asarray(value).tolist())
+    digest = hashlib.sha256(text.encode() + policies.digest(policies.snapshot(policy)).encode())
+    for dataset in datasets:
+        table = dataset.with_format("arrow")[:]
+        for name in table.column_names:
+            column = table[name].combine_chunks()
+            if hasattr(column, "value_lengths"):
+                digest.update(column.value_lengths().to_numpy().tobytes())
+                column = column.flatten()
+            digest.update(name.encode() + column.to_numpy(zero_copy_only=False).tobytes())
+    return Path(parent) / digest.hexdigest()[:20]
+
+
+def _bytes(tensors):
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def _part(tensors, prefix):
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
