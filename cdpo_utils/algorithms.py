@@ -337,9 +337,9 @@ def _descend(lab, policy, chain, maximise, feedback, budget, beta, schedule, sam
     lam = np.broadcast_to(np.atleast_1d(np.asarray(lam, float)), budget.shape)
     line = progress.Loop(
         state["method"], max_rounds, len(chain) * schedule.steps, len(chain) * schedule.round_steps,
-        lab.gap and functools.partial(lab.gap, policy, beta, budget),
+        functools.partial(lab.gap, policy, beta, budget) if lab.gap and ranks.world() == 1 else None,
     )  # fmt: skip
-    for trainer in chain:
+    for trainer in chain if ranks.rank() == 0 else ():
         trainer.add_callback(trainers.EachStep(line.step))
 
     def measure(k):
@@ -349,7 +349,8 @@ def _descend(lab, policy, chain, maximise, feedback, budget, beta, schedule, sam
         return costs, {"reward": float(dual.prompt_mean(rewards)), "labels": labels * costs.size} | extra
 
     def watched(rounds):
-        line.watch(rounds)
+        if ranks.rank() == 0:
+            line.watch(rounds)
         if schedule.report_to != "none" and line.own_steps:
             now = {name: rounds[-1][name] for name in ("lam", "cost", "violation")}
             chain[0].log({f"dual/{name}_{i}": v for name, values in now.items() for i, v in enumerate(values)})
@@ -368,7 +369,8 @@ def _descend(lab, policy, chain, maximise, feedback, budget, beta, schedule, sam
         store = checkpoints.Store(folder, policy, chain, drawing, feedback.known, ends)
     loop |= {"max_rounds": max_rounds, "watch": watched, "store": store}
     descent = dual.descend(maximise, measure, lam, budget, beta, **loop)
-    line.end(descent.message)
+    if ranks.rank() == 0:
+        line.end(descent.message)
     return descent
 
 

@@ -51,7 +51,7 @@ class Store:
         state = {
             "round": k, "lam": list(map(float, lam)), "rounds": rounds, "end": end,
             "generators": [generator.bit_generator.state for generator in self.generators],
-            "steps": [trainer.steps_before for trainer in self.trainers],
+            "steps": [trainer.all_steps for trainer in self.trainers],
             "known": [[[*texts, score] for texts, score in scores.items()] for scores in self.known],
         }  # fmt: skip
         cache.write_checked(self.folder / "state", json.dumps(state).encode())

@@ -79,7 +79,8 @@ def train(method, feedback, settings, watch=None):
     beta, steps = settings["beta"], settings["steps"]
     made, truths = opened(settings)
     budget = float(truths["train"].budget[0])
-    schedule = algorithms.Schedule(steps=steps, round_steps=steps // 2, seed=made.seed)
+    report_to = settings.get("report_to", "none")
+    schedule = algorithms.Schedule(steps=steps, round_steps=steps // 2, seed=made.seed, report_to=report_to)
     tolerance = 0.01 * float(evaluate.spread(truths["train"])[0])
     who = labs.oracle_feedback(made) if feedback == "oracle" else None
     if method in ("c_dpo", "dual_descent") and feedback == "learned":
@@ -106,7 +107,7 @@ def train(method, feedback, settings, watch=None):
             lam=algorithms.starting_lam(who.on(drawn), beta, budget), tolerance=tolerance, watch=watch,
         )  # fmt: skip
     elif method == "pd_dpo":
-        policy, descent = train_pd_dpo(made, beta, budget, steps)
+        policy, descent = train_pd_dpo(made, beta, budget, steps, report_to=report_to)
     else:
         raise ValueError(f"train: method={method!r}; expected one of {sorted(NOTEBOOKS)}")
     rows = labs.rows(made, truths, policy, method, NOTEBOOKS[method], feedback, time.time() - started, descent)
@@ -212,10 +213,11 @@ def interval_frames(runs):
     return intervals, pd.DataFrame([run["test"] for run in runs.values()]).set_index("method")
 
 
-def train_pd_dpo(made, beta, budget, steps, labels=16):
+def train_pd_dpo(made, beta, budget, steps, labels=16, report_to="none"):
     """Two-stage primal-dual DPO as in notebook 06: hard labels, so more steps, and votes for the dual step."""
     steps = int(HARD_LABEL_STEPS[NOTEBOOKS["pd_dpo"]] * steps)
-    schedule = algorithms.Schedule(steps=steps, round_steps=steps // 2, seed=made.seed, **made.optimiser)
+    own = made.optimiser | {"report_to": report_to}
+    schedule = algorithms.Schedule(steps=steps, round_steps=steps // 2, seed=made.seed, **own)
     reward_policy, _ = algorithms.dpo(made.lab, made.helpful, beta, schedule)
     voters = algorithms.votes(labs.oracle_feedback(made), labels, made.seed)
     return algorithms.pd_dpo(

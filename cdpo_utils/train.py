@@ -7,17 +7,25 @@ Ranks divide each batch, the sampling and the reference log-probabilities (`rank
 answers of all of them, once for every rank. Rank 0 writes `out`/<method>.json: the configuration, the rows of a
 summary, and the rounds; for a pretrained model also the intervals, and the adapter in `out`/<method>/.
 
+The dual loop is kept in `out`/checkpoints after each round: with --resume, a training that was killed goes on from the
+last one. `report_to: tensorboard` writes the trainers' logs, and the loop's multiplier, cost and violation, into
+`out`/tensorboard; `trackio` and the others that transformers knows are passed on, where they are installed.
+
 Exit status: 0 done, 2 not understood and nothing trained.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from transformers.integrations import get_available_reporting_integrations
 
 from cdpo_utils import ranks, record, run
 
@@ -52,6 +60,7 @@ class Config:
     max_length: int = 192
     batch_size: int = 0  # 0, as in the notebooks, is the setting's own
     lr: float = 0.0
+    report_to: str = "none"  # tensorboard, trackio, ...
     out: str = "runs/train"
 
 
@@ -72,6 +81,8 @@ def train(config):
     """Train `config.method`: {"methods": its rows, "rounds": ...}. With several processes, all of them call this."""
     from cdpo_utils import labs, scoring, suite  # TRL takes seconds to load: not for a mistyped field
 
+    if config.report_to not in ("none", *(found := get_available_reporting_integrations())):
+        raise run.NotUnderstood(f"report_to {config.report_to}: not installed; expected none, {', '.join(found)}")
     if config.shards < ranks.world():
         raise run.NotUnderstood(f"shards {config.shards}; expected at least {ranks.world()}, one a process")
     if config.model:
@@ -89,6 +100,7 @@ def train(config):
     except ValueError as error:
         raise run.NotUnderstood(str(error)) from None
     made.lab.shards = min(config.shards, len(made.lab.prompts))
+    made.lab.checkpoints = Path(config.out) / "checkpoints"
     if config.feedback == "learned" and config.method in ("c_dpo", "dual_descent"):
         for kind in labs.SCORERS:  # by all ranks together, not side by side in processes of their own
             made.scorer(kind)
@@ -117,9 +129,11 @@ def train_pretrained(config):
     except data.DataError as error:
         raise run.NotUnderstood(str(error)) from None
     made.lab.shards = min(config.shards, len(made.lab.prompts))
+    made.lab.checkpoints = Path(config.out) / "checkpoints"
     feedback = made.learned_feedback(*made.scorers())
     budget = labs.budget_as_cost(made, config.budget, config.budget_from)
-    schedule = algorithms.Schedule(steps=config.steps, round_steps=config.steps // 2, seed=config.seed, **own)
+    own |= {"steps": config.steps, "round_steps": config.steps // 2, "report_to": config.report_to}
+    schedule = algorithms.Schedule(seed=config.seed, **own)
     trained = suite.train_pretrained(
         made, feedback, budget, config.beta, schedule, config.reference_samples, config.samples,
         config.max_rounds, methods=(config.method,),
@@ -141,26 +155,54 @@ def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.train", description="Train one method.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/dual_descent.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on with the loop kept in the configuration's `out`")
+    given = parser.parse_args(argv)
     try:
-        config = read_config(parser.parse_args(argv).config)
-        PartialState(cpu=not torch.cuda.is_available())  # joins the other processes, where there are any
-        trained = train(config)
+        config = read_config(given.config)
+        state = PartialState(cpu=not torch.cuda.is_available())  # joins the other processes, where there are any
+        with first_alone(Path(config.out)):
+            if ranks.rank() == 0 and not given.resume:
+                shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
+            state.wait_for_everyone()
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.out) / "tensorboard"))
+            trained = train(config)
+            if ranks.rank() == 0:
+                keep(config, trained)
     except run.NotUnderstood as error:
         print(error, file=sys.stderr)
         return 2
-    if ranks.rank() == 0:
-        out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
-        result = {"config": dataclasses.asdict(config), "processes": ranks.world(), "versions": record.versions()}
-        text = json.dumps(result | trained, indent=1, allow_nan=False)
-        (out / f"{config.method}.json").write_text(text + "\n", encoding="utf-8")
-        for row in trained["methods"]:
-            gap = "unknown" if row["gap"] is None else f"{row['gap']:.2f} %"
-            print(f"{row['method']} {row['split']}: gap {gap}, reward {row['reward']:.3f}, "
-                  f"violation {row['violation']:+.4f}")  # fmt: skip
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
+
+
+@contextlib.contextmanager
+def first_alone(out):
+    """Hold `out` for this training, by its first process; run.NotUnderstood where another one has it."""
+    if ranks.rank():
+        yield
+        return
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with run.alone(out):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            if made:
+                out.rmdir()  # nothing was trained
+
+
+def keep(config, trained):
+    """Write the result; the loop's files have done their work."""
+    result = {"config": dataclasses.asdict(config), "processes": ranks.world(), "versions": record.versions()}
+    text = json.dumps(result | trained, indent=1, allow_nan=False)
+    record.write_whole(Path(config.out) / f"{config.method}.json", text + "\n")
+    shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
+    for row in trained["methods"]:
+        gap = "unknown" if row["gap"] is None else f"{row['gap']:.2f} %"
+        print(f"{row['method']} {row['split']}: gap {gap}, reward {row['reward']:.3f}, "
+              f"violation {row['violation']:+.4f}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -78,9 +78,9 @@ def run_steps(trainer, steps, seed, lr=None):
     trainer.args.max_steps = steps
     trainer.args.warmup_steps = min(20, max(1, steps // 10))
     torch.manual_seed(seed)
-    trainer.train()
     if isinstance(trainer, PreferenceTrainer):
-        trainer.steps_before += trainer.state.global_step
+        trainer.steps_before = trainer.all_steps
+    trainer.train()
     if trainer.state.global_step != steps:
         raise RuntimeError(f"{trainer.state.global_step} of {steps} steps were taken: too few rows for one batch")
     return steps
@@ -211,6 +211,11 @@ class PreferenceTrainer(DPOTrainer):
         }  # fmt: skip
         if any(unsupported.values()):
             raise ValueError(f"PreferenceTrainer does not implement {[k for k, v in unsupported.items() if v]}")
+
+    @property
+    def all_steps(self):
+        """Optimiser steps of all rounds so far."""
+        return self.steps_before + self.state.global_step
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset  # tokenised already

@@ -85,7 +85,7 @@ def test_a_killed_loop_ends_with_the_same_bits(name, lab, pairs, oracle, learned
     whole = run(name, lab, pairs, oracle, learned, None)
     steps = whole[1].steps
     assert len(whole[1].rounds) == 4 and steps >= 10
-    for k, n in enumerate((2, steps // 2, 3)):  # three kills of one loop: in the first round, in the middle, again
+    for k, n in enumerate((2, steps // 2, 3, 1)):  # four kills of one loop: in the first round, in the middle, ...
         with killed_at(n):
             run(name, lab, pairs, oracle, learned, tmp_path / "kept")
         torch.manual_seed(100 + k)  # a new process has other random states

@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -106,3 +108,94 @@ def test_the_configuration_of_smollm2_is_the_parameter_file_of_the_notebooks():
     )
     named = run.read_yaml(root / "notebooks" / "params" / "smollm2.yaml")
     assert {name: ours[name] for name in named} == {name: notebooks[name] for name in named}
+
+
+# --- going on, and logs ----------------------------------------------------------------------------------------------
+
+RESUMED = TINY.replace("n_pairs: 500", "n_pairs: 2000") + "report_to: tensorboard\n"
+
+
+def start(config, *more, cache):
+    command = [sys.executable, "-m", "cdpo_utils.train", "--config", str(config), *more]
+    environment = {**os.environ, "CDPO_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    environment.pop("TENSORBOARD_LOGGING_DIR", None)
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "feedback"), [("dual_descent", "learned"), ("pd_dpo", "learned")])
+def test_a_killed_training_ends_as_if_nothing_had_happened(tmp_path, method, feedback):
+    """SIGKILL at a random moment after each round that was kept."""
+    results, rng = [], random.Random(0)
+    for name in ("whole", "killed"):
+        config, out = tmp_path / f"{name}.yaml", tmp_path / name
+        text = RESUMED.format(method=method, out=out).replace("feedback: oracle", f"feedback: {feedback}")
+        config.write_text(text, encoding="utf-8")
+        process, kills = start(config, cache=tmp_path / "cache"), 0
+        while name == "killed" and process.poll() is None and kills < 2:
+            seen = states(out)
+            while process.poll() is None and states(out) == seen:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.5))
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+                kills += 1
+                process = start(config, "--resume", cache=tmp_path / "cache")
+        said, complaint = process.communicate(timeout=300)
+        assert process.returncode == 0, complaint[-2000:]
+        if name == "killed":
+            assert kills == 2 and "goes on after round" in said
+        assert not (out / "checkpoints").exists() and not (out / "running").exists()
+        result = json.loads((out / f"{method}.json").read_text(encoding="utf-8"))
+        results.append([result["rounds"], [without_time(row) for row in result["methods"]]])
+    assert results[0] == results[1] and len(results[0][0]) > 1
+
+
+def states(out):
+    """What tells that a loop has kept another round."""
+    return {path: path.stat().st_mtime_ns for path in out.glob("checkpoints/*/state")}
+
+
+def without_time(row):
+    return {name: value for name, value in row.items() if name not in ("seconds", "peak_mib")}
+
+
+@pytest.mark.slow
+def test_tensorboard_has_the_losses_and_the_multiplier(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    config, out = tmp_path / "c.yaml", tmp_path / "out"
+    config.write_text(RESUMED.format(method="dual_descent", out=out).replace("steps: 20", "steps: 100"), "utf-8")
+    process = start(config, cache=tmp_path / "cache")
+    _, complaint = process.communicate(timeout=300)
+    assert process.returncode == 0, complaint[-2000:]
+    scalars = {}
+    for path in sorted((out / "tensorboard").iterdir()):
+        body = path.read_bytes()
+        while body:  # records of TensorFlow: length, its checksum, the record, its checksum
+            length = int.from_bytes(body[:8], "little")
+            event, body = event_pb2.Event.FromString(body[12 : 12 + length]), body[16 + length :]
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+    rounds = json.loads((out / "dual_descent.json").read_text(encoding="utf-8"))["rounds"]
+    ends = np.cumsum([round_["steps"] for round_ in rounds])
+    for name in ("lam", "cost", "violation"):
+        steps, values = zip(*sorted(scalars[f"train/dual/{name}_0"]), strict=True)
+        assert steps == tuple(ends) and np.allclose(values, [round_[name][0] for round_ in rounds], atol=1e-6)
+    logged = [step for step, _ in sorted(scalars["train/loss"])]
+    assert logged == list(range(50, ends[-1] + 1, 50)), "steps count on from round to round"
+
+
+def test_logs_that_cannot_be_written_are_refused_before_training(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("report_to: nowhere\n", encoding="utf-8")
+    assert train.main(["--config", str(tmp_path / "c.yaml")]) == 2
+    assert "report_to nowhere: not installed; expected none" in capsys.readouterr().err
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(f"out: {tmp_path}\n", encoding="utf-8")
+    with run.alone(tmp_path):
+        assert train.main(["--config", str(tmp_path / "c.yaml")]) == 2
+    assert "is running it" in capsys.readouterr().err
