@@ -31,7 +31,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 COMMANDS = {"jupyterlab", "nbmake", "ruff", "nbstripout", "sphinx"}  # run, never imported
 BY_SPHINX = {"myst-nb", "furo"}  # loaded there by name
 BY_TRANSFORMERS = {"gguf"}  # imported there, when it is given a GGUF file
-IMPORTED_AS = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+IMPORTED_AS = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "tensorboardx": "tensorboardX"}
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
