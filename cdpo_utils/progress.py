@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 EVERY = 0.5  # seconds between two versions of the line
-
+FOLDER = "CDPO_PROGRESS"  # environment variable: where processes leave their line, for a runner in a terminal
 
 _handle = None  # of the line in the notebook's present output
 
@@ -35,7 +35,7 @@ class Loop:
     def watch(self, rounds):
         """After a round, see `dual.descend`."""
         now = rounds[-1]
-        gap = None if self.gap is None else self.gap()
+        gap = self.gap() if self.gap and looked_at() else None
         self.known = "".join(
             f" · {name} {', '.join(format(value, form) for value in now[key])}"
             for name, key, form in (("λ", "lam", ".3f"), ("violation", "violation", "+.3f"))
@@ -56,15 +56,15 @@ class Loop:
         show(f"{self.name}: {message}{self.known} · {time.monotonic() - self.began:.0f} s", last=True)
 
 
-def folder():
-    """Where processes of a run leave their line for the runner; None outside of a run."""
-    return Path(run) / "progress" if (run := os.environ.get("CDPO_RUN_DIR")) else None
+def looked_at():
+    """Whether there is anybody to show a line to."""
+    return bool(os.environ.get(FOLDER) or _notebook() or (sys.stderr.isatty() and not os.environ.get("CDPO_RUN_DIR")))
 
 
-def lines(run):
-    """What the processes of the run in folder `run` show now, in one line."""
+def lines(folder):
+    """What the processes that leave their line in `folder` show now, in one line."""
     found = []
-    for path in sorted((Path(run) / "progress").glob("*")):
+    for path in sorted(Path(folder).glob("*")):
         with contextlib.suppress(OSError, UnicodeDecodeError):  # just being replaced, or removed
             found.append(path.read_text(encoding="utf-8"))
     return " | ".join(filter(None, found))
@@ -73,17 +73,19 @@ def lines(run):
 def show(text, last=False):
     """Replace the line by `text`; with `last` it stays, and the next one is new. Nothing where nobody looks."""
     global _handle
-    if where := folder():
+    if not looked_at():
+        return
+    if where := os.environ.get(FOLDER):
         with contextlib.suppress(OSError):  # a full disk is for the results to report
-            where.mkdir(parents=True, exist_ok=True)
-            (where / str(os.getpid())).write_text("" if last else text, encoding="utf-8")
+            Path(where).mkdir(parents=True, exist_ok=True)
+            (Path(where) / str(os.getpid())).write_text("" if last else text, encoding="utf-8")
     elif shell := _notebook():
         if _handle is None:
             _handle = shell.display({"text/plain": text}, raw=True, display_id=True)
         else:
             _handle.update({"text/plain": text}, raw=True)
         _handle = None if last else _handle
-    elif sys.stderr.isatty():
+    else:
         print(terminal_line(text), end="\n" if last else "", file=sys.stderr, flush=True)
 
 
@@ -93,7 +95,9 @@ def terminal_line(text):
 
 
 def _notebook():
-    """IPython's display module inside a kernel, else None."""
+    """IPython's display module inside a kernel that a person runs, else None."""
+    if os.environ.get("CDPO_RUN_DIR"):
+        return None
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if shell is None or not hasattr(shell, "kernel"):
         return None

@@ -301,8 +301,8 @@ def told(folder, label):
     def tell():
         while not stop.wait(progress.EVERY):
             seconds = report.minutes(time.perf_counter() - start)
-            line = f"{label}  {seconds}  {guard.visible(progress.lines(folder))}"
-            print(progress.terminal_line(line), end="", file=sys.stderr, flush=True)
+            loops = guard.visible(progress.lines(folder / "progress"))
+            print(progress.terminal_line(f"{label}  {seconds}  {loops}"), end="", file=sys.stderr, flush=True)
 
     teller = threading.Thread(target=tell, daemon=True)
     if sys.stderr.isatty():
@@ -373,6 +373,8 @@ def _run(args, folder, parameters, seconds):
     # two warnings of libraries about each other, which would put this machine's paths into the executed notebooks
     ignored = "ignore:IProgress not found,ignore:`is_gradient_checkpointing` is deprecated"
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": ignored}
+    if sys.stderr.isatty():
+        quiet[progress.FOLDER] = str(folder / "progress")
     with environment(CDPO_RUN_DIR=str(folder), **quiet):
         for i, path in enumerate(parameters, start=1):
             label = f"[{i}/{len(parameters)}] {path.stem}"

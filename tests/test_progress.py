@@ -20,6 +20,7 @@ def shown(monkeypatch):
     """What was shown, and a clock: clock[0] is its time."""
     lines, clock = [], [0.0]
     monkeypatch.setattr(progress, "show", lambda text, last=False: lines.append((text, last)))
+    monkeypatch.setattr(progress, "looked_at", lambda: True)
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     return lines, clock
 
@@ -50,18 +51,24 @@ def test_what_was_done_before_a_kill_is_not_this_process_s_speed(shown):
 
 
 def test_in_a_run_each_process_leaves_its_line(monkeypatch, tmp_path):
-    monkeypatch.setenv("CDPO_RUN_DIR", str(tmp_path))
+    monkeypatch.setenv("CDPO_RUN_DIR", "anywhere")
+    monkeypatch.setenv(progress.FOLDER, str(tmp_path))
     progress.show("one")
-    (tmp_path / "progress" / "1").write_text("another", encoding="utf-8")
+    (tmp_path / "1").write_text("another", encoding="utf-8")
     assert progress.lines(tmp_path) == "another | one"
     progress.show("the end", last=True)
     assert progress.lines(tmp_path) == "another"
 
 
-def test_nobody_looks_and_nothing_is_printed(monkeypatch, capsys):
-    monkeypatch.delenv("CDPO_RUN_DIR", raising=False)
-    progress.show("text")
+def test_where_nobody_looks_nothing_is_printed_or_computed(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("CDPO_RUN_DIR", "anywhere")  # of a run whose runner is in no terminal
+    loop = progress.Loop("C-DPO", 3, 100, 50, gap=lambda: 1 / 0)
+    loop.watch([ROUND])
     assert capsys.readouterr() == ("", "")
+    monkeypatch.delenv("CDPO_RUN_DIR")
+    with pytest.raises(ZeroDivisionError):
+        loop.watch([ROUND])
 
 
 def test_a_line_is_cut_to_the_terminal(monkeypatch):
