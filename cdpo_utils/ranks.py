@@ -23,7 +23,8 @@ def rank():
 
 def sharded():
     """Whether trainers keep a part of the weights on each rank: FSDP, as `accelerate launch` announces it."""
-    return world() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return asked and dist.is_available() and dist.is_initialized()
 
 
 def share(items):

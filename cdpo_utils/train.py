@@ -13,13 +13,18 @@ Exit status: 0 done, 2 not understood and nothing trained.
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 from cdpo_utils import ranks, record, run
+
+# Of accelerate's FSDP: fully_shard; every rank has read all weights; they stay on the GPU.
+FSDP = {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_OFFLOAD_PARAMS": "false"}
 
 
 @dataclasses.dataclass
@@ -52,6 +57,7 @@ class Config:
     max_length: int = 192
     batch_size: int = 0  # 0, as in the notebooks, is the setting's own
     lr: float = 0.0
+    vllm: bool = False  # whether vLLM draws the answers of a pretrained model, on one process
     out: str = "runs/train"
 
 
@@ -107,11 +113,13 @@ def train_pretrained(config):
     for name in ("n_prompts", "samples", "reference_samples"):
         if getattr(config, name) < 2:
             raise run.NotUnderstood(f"{name} {getattr(config, name)}; expected at least 2")
+    if config.vllm and ranks.world() > 1:
+        raise run.NotUnderstood(f"vllm: true with {ranks.world()} processes; expected one")
     own = real.OPTIMISER | {name: value for name in ("batch_size", "lr") if (value := getattr(config, name))}
     if own["batch_size"] % ranks.world():
         raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {own['batch_size']}")
     names = ("seed", "n_pairs", "model", "data_file", "helpful_file", "safety_file", "published_reward",
-             "published_cost", "n_prompts", "max_new_tokens", "max_length")  # fmt: skip
+             "published_cost", "n_prompts", "max_new_tokens", "max_length", "vllm")  # fmt: skip
     try:
         made = labs.open_lab(**{name: getattr(config, name) for name in names})
     except data.DataError as error:
@@ -137,13 +145,24 @@ def train_pretrained(config):
     }  # fmt: skip
 
 
+def check_sharding(kind):
+    """Raise run.NotUnderstood, in one line, for an FSDP that does not train what is expected here."""
+    if kind == DistributedType.MULTI_CPU:
+        raise run.NotUnderstood("FSDP without a GPU: accelerate would train as DDP does; expected torchrun, or GPUs")
+    for name, expected in FSDP.items():
+        if (found := os.environ.get(name, "").lower()) != expected:
+            raise run.NotUnderstood(f"{name.lower()}: {found}; expected {expected}, as in configs/fsdp_gpu.yaml")
+
+
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.train", description="Train one method.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/dual_descent.yaml")
     try:
         config = read_config(parser.parse_args(argv).config)
-        PartialState(cpu=not torch.cuda.is_available())  # joins the other processes, where there are any
+        state = PartialState(cpu=not torch.cuda.is_available())  # joins the other processes, where there are any
+        if ranks.sharded():
+            check_sharding(state.distributed_type)
         trained = train(config)
     except run.NotUnderstood as error:
         print(error, file=sys.stderr)

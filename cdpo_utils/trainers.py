@@ -78,7 +78,8 @@ def _trainer(kind, model, **settings):
     sampling, log-probabilities, snapshots and adapters that are switched off need nothing of FSDP, and a rank may call
     it as often as its share of the work asks.
     """
-    trainer = kind(model=deepcopy(model) if ranks.sharded() else model, **settings)
+    own = deepcopy(model.to(settings["args"].device)) if ranks.sharded() else model  # TRL moves the latter itself
+    trainer = kind(model=own, **settings)
     trainer.whole = model
     trainer.remove_callback(PrinterCallback)
     return trainer
