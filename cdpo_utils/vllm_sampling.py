@@ -33,12 +33,16 @@ def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.
 
     model: a PeftModel; where its adapters are disabled the base answers. `batch_rows` is vLLM's own concern. Every
     prompt has a random stream of its own, by `seed`: with one for all of them their answers would depend on each other.
+
+    Raises DataError where vLLM is not installed, ValueError for a base that is in no folder.
     """
     require()
     from vllm import SamplingParams, TokensPrompt
     from vllm.lora.request import LoRARequest
 
     config = model.active_peft_config
+    if not config.base_model_name_or_path:
+        raise ValueError("vLLM: the base of the policy was not loaded from a folder or the hub")
     rank = next(room for room in RANKS if room >= config.r)
     engine = _engine(config.base_model_name_or_path, str(model.dtype).removeprefix("torch."), rank)
     adapter = None
