@@ -3,6 +3,8 @@
 For a LoRA policy on a base that was loaded from a folder or the hub. One engine is kept for each base; the adapter, as
 it is at each call, is written to a folder named by what is in it, and the engine is asked for that one.
 https://docs.vllm.ai/en/latest/features/lora/
+
+Tried with vLLM 0.32 for processors (tests/test_vllm_sampling.py draws with it where it is installed), on no GPU.
 """
 
 import functools
@@ -25,7 +27,7 @@ NUMBERS = itertools.count(1)
 def require():
     """Raise DataError, in one line, where vLLM is not installed."""
     if importlib.util.find_spec("vllm") is None:
-        raise DataError("vllm: the package is not installed; see `vllm` in pyproject.toml, or leave the field out")
+        raise DataError("vllm: the package is not installed; see README, or leave the field out")
 
 
 def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.0, batch_rows=None):
