@@ -37,6 +37,7 @@ class Lab:
     sample_rows: int = 4096  # answers sampled at once
     forward_tokens: int = BATCH_TOKENS  # tokens run at once where nothing is trained
     shards: int = 1  # parts of the prompts with a random stream each: what is sampled does not depend on who samples it
+    sampler: Callable | None = None  # in the place of `policies.sample`
     judged: Callable | None = None  # text -> text: what scorers see of an answer that the token limit has cut off
     cache: dict = field(default_factory=dict, repr=False)  # (prompt ids, answer ids) -> log pi_ref
     gap: Callable | None = None  # (policy, beta, budget) -> percent, or None: to be shown while a loop runs
@@ -64,10 +65,10 @@ class Lab:
         """`n` answers of `model` per prompt (the training prompts), as a `Samples`; processes divide the `shards`."""
         prompts = self.prompts if prompts is None else prompts
         prompt_ids = policies.encode_prompts(self.tokenizer, prompts)
-        drawn = {}
+        drawn, sampler = {}, self.sampler or policies.sample
         for k in ranks.share(range(self.shards)):
             part = [prompt_ids[i] for i in np.array_split(np.arange(len(prompts)), self.shards)[k]]
-            drawn[k] = policies.sample(
+            drawn[k] = sampler(
                 model, self.tokenizer, part, n, seed + 100_003 * k, self.max_new_tokens, batch_rows=self.sample_rows
             )
         drawn = ranks.merge(drawn)

@@ -8,6 +8,7 @@ import itertools
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from cdpo_utils import ranks
 
@@ -76,11 +77,13 @@ def response_logps(model, prompt_ids, response_ids, pad_id=0, batch_tokens=BATCH
 
 def frozen_head(model):
     """The weight (vocabulary, width) of an output head that takes no gradient, where it is a matrix and nothing more
-    and the vocabulary is too large to keep logits lightly; else None."""
+    and the vocabulary is too large to keep logits lightly; else None. Gathered, where FSDP has sharded it."""
     if model.config.model_type not in PLAIN_HEADS or model.config.vocab_size <= model.config.hidden_size:
         return None
     weight = model.get_output_embeddings().weight
-    return None if weight.requires_grad and torch.is_grad_enabled() else weight
+    if weight.requires_grad and torch.is_grad_enabled():
+        return None
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def marked_logps(model, weight, ids, marked, **inputs):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -179,8 +180,9 @@ def clean_copy(model):
 
 
 def snapshot(model):
-    """A copy of the trainable weights, by name."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    """A copy of the trainable weights, by name; whole ones of a model that FSDP has sharded, where all ranks call."""
+    trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in trainable.items()}
 
 
 def digest(weights):
@@ -197,7 +199,10 @@ def restore(model, weights):
     """Put back a `snapshot`. Raises KeyError if it belongs to another model."""
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
-        parameters[name].copy_(value)
+        p = parameters[name]
+        if isinstance(p, DTensor):  # each rank takes its part of the same whole
+            value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+        p.copy_(value)
 
 
 @torch.no_grad()

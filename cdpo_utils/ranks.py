@@ -1,9 +1,11 @@
 """Several processes that train one policy, as `accelerate launch` starts them; with one process, nothing happens here.
 
-Every rank runs the same code. Training divides each batch among them (DDP averages gradients); sampling and reference
-log-probabilities are divided by `share` and put together by `merge`; the costs of the dual step are the first rank's
-(`of_first`), so that the multiplier and the decision to stop are the same on every rank.
+Every rank runs the same code. Training divides each batch among them (DDP or FSDP averages gradients); sampling and
+reference log-probabilities are divided by `share` and put together by `merge`; the costs of the dual step are the first
+rank's (`of_first`), so that the multiplier and the decision to stop are the same on every rank.
 """
+
+import os
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,12 @@ def world():
 def rank():
     """This process's number, 0 for the first."""
     return dist.get_rank() if world() > 1 else 0
+
+
+def sharded():
+    """Whether trainers keep a part of the weights on each rank: FSDP, as `accelerate launch` announces it."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return asked and dist.is_available() and dist.is_initialized()
 
 
 def share(items):

@@ -21,7 +21,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from cdpo_utils import beaver, data, evaluate, guard, judges, policies, preflight, record
+from cdpo_utils import beaver, data, evaluate, guard, judges, policies, preflight, record, vllm_sampling
 from cdpo_utils.algorithms import Feedback, Lab
 from cdpo_utils.cache import cached_json, cached_weights
 from cdpo_utils.data import DataError
@@ -251,7 +251,7 @@ class Real:
             "base": self.digest, "adapter": weights and policies.digest(weights), "samples": samples, "seed": self.seed,
             "prompts": policies.encode_prompts(lab.tokenizer, prompts), "end": lab.tokenizer.eos_token_id,
             "shards": lab.shards, "max_new_tokens": lab.max_new_tokens, "rows": lab.sample_rows,
-            "source": record.source_hash(),
+            "source": record.source_hash(), "sampler": lab.sampler and lab.sampler.__module__,
         }  # fmt: skip
 
         def draw():
@@ -346,7 +346,7 @@ def _distinct(prompts, n):
 
 
 def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="", n_prompts=24, max_new_tokens=48,
-              max_length=192, test_share=0.25, published_reward="", published_cost=""):  # fmt: skip
+              max_length=192, test_share=0.25, published_reward="", published_cost="", vllm=False):  # fmt: skip
     """A pretrained model and pairs from one file with both labels or from two files. Returns a `Real`.
 
     model: "smollm2" (from the cache, see `fetch`, else from the hub), a hub name, or a folder. Safetensors only, no
@@ -357,9 +357,13 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
         that every model sees the same text; rows whose prompt leaves neither half of it nor as many tokens as answers
         are sampled with are left out. Both are counted.
     published_reward, published_cost: scorers of others (`beaver`), names or folders; where empty ours are trained.
+    vllm: whether vLLM draws the answers, see `vllm_sampling`.
 
-    Raises DataError, in one line, where files, labels, the model or its chat template are missing or too few rows left.
+    Raises DataError, in one line, where files, labels, the model or its chat template are missing or too few rows left,
+    or vLLM is asked for and not installed.
     """
+    if vllm:
+        vllm_sampling.require()
     if data_file and (helpful_file or safety_file):
         raise DataError("data_file and helpful_file or safety_file were given; expected one file, or the two others")
     if not data_file and not (helpful_file and safety_file):
@@ -377,6 +381,7 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     torch.manual_seed(seed)
     policy = get_peft_model(base, lora(base, task_type="CAUSAL_LM"))
     lab = Lab(policy, tokenizer, [], max_new_tokens, max_length, SAMPLE_ROWS, FORWARD_TOKENS, judged=whole)
+    lab.sampler = vllm_sampling.sample if vllm else None
     train, held_out, notes, done = {}, {}, [], {}
     for label, frame in frames.items():
         if id(frame) not in done:  # one file with both labels is fitted and split once

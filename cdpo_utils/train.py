@@ -25,9 +25,13 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from transformers.integrations import get_available_reporting_integrations
 
 from cdpo_utils import ranks, record, run
+
+# Of accelerate's FSDP: fully_shard; every rank has read all weights; they stay on the GPU.
+FSDP = {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_OFFLOAD_PARAMS": "false"}
 
 
 @dataclasses.dataclass
@@ -61,6 +65,7 @@ class Config:
     batch_size: int = 0  # 0, as in the notebooks, is the setting's own
     lr: float = 0.0
     report_to: str = "none"  # tensorboard, trackio, ...
+    vllm: bool = False  # whether vLLM draws the answers of a pretrained model, on one process
     out: str = "runs/train"
 
 
@@ -100,7 +105,7 @@ def train(config):
     except ValueError as error:
         raise run.NotUnderstood(str(error)) from None
     made.lab.shards = min(config.shards, len(made.lab.prompts))
-    made.lab.checkpoints = Path(config.out) / "checkpoints"
+    made.lab.checkpoints = None if ranks.sharded() else Path(config.out) / "checkpoints"
     if config.feedback == "learned" and config.method in ("c_dpo", "dual_descent"):
         for kind in labs.SCORERS:  # by all ranks together, not side by side in processes of their own
             made.scorer(kind)
@@ -119,17 +124,19 @@ def train_pretrained(config):
     for name in ("n_prompts", "samples", "reference_samples"):
         if getattr(config, name) < 2:
             raise run.NotUnderstood(f"{name} {getattr(config, name)}; expected at least 2")
+    if config.vllm and ranks.world() > 1:
+        raise run.NotUnderstood(f"vllm: true with {ranks.world()} processes; expected one")
     own = real.OPTIMISER | {name: value for name in ("batch_size", "lr") if (value := getattr(config, name))}
     if own["batch_size"] % ranks.world():
         raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {own['batch_size']}")
     names = ("seed", "n_pairs", "model", "data_file", "helpful_file", "safety_file", "published_reward",
-             "published_cost", "n_prompts", "max_new_tokens", "max_length")  # fmt: skip
+             "published_cost", "n_prompts", "max_new_tokens", "max_length", "vllm")  # fmt: skip
     try:
         made = labs.open_lab(**{name: getattr(config, name) for name in names})
     except data.DataError as error:
         raise run.NotUnderstood(str(error)) from None
     made.lab.shards = min(config.shards, len(made.lab.prompts))
-    made.lab.checkpoints = Path(config.out) / "checkpoints"
+    made.lab.checkpoints = None if ranks.sharded() else Path(config.out) / "checkpoints"
     feedback = made.learned_feedback(*made.scorers())
     budget = labs.budget_as_cost(made, config.budget, config.budget_from)
     own |= {"steps": config.steps, "round_steps": config.steps // 2, "report_to": config.report_to}
@@ -151,6 +158,15 @@ def train_pretrained(config):
     }  # fmt: skip
 
 
+def check_sharding(kind):
+    """Raise run.NotUnderstood, in one line, for an FSDP that does not train what is expected here."""
+    if kind == DistributedType.MULTI_CPU:
+        raise run.NotUnderstood("FSDP without a GPU: accelerate would train as DDP does; expected torchrun, or GPUs")
+    for name, expected in FSDP.items():
+        if (found := os.environ.get(name, "").lower()) != expected:
+            raise run.NotUnderstood(f"{name.lower()}: {found}; expected {expected}, as in configs/fsdp_gpu.yaml")
+
+
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.train", description="Train one method.")
@@ -160,6 +176,10 @@ def main(argv=None):
     try:
         config = read_config(given.config)
         state = PartialState(cpu=not torch.cuda.is_available())  # joins the other processes, where there are any
+        if ranks.sharded():
+            check_sharding(state.distributed_type)
+            if given.resume:
+                raise run.NotUnderstood("--resume: under FSDP no round is kept; expected a new training, or DDP")
         with first_alone(Path(config.out)):
             if ranks.rank() == 0 and not given.resume:
                 shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)

@@ -7,6 +7,7 @@ tests/test_trainers.py compares it with the stock trainer step by step.
 
 import gc
 import tempfile
+from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,13 +16,15 @@ from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from pyarrow.compute import list_value_length
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import add_fused_lm_head
 
 from cdpo_utils import losses, ranks, record
 from cdpo_utils.logprobs import MULTIPLE, frozen_head, marked_logps, pad, response_logps, token_logps
-from cdpo_utils.policies import clean_copy, encode_answers, encode_prompts, snapshot
+from cdpo_utils.policies import clean_copy, encode_answers, encode_prompts, restore, snapshot
 
 gc.collect()
 gc.freeze()  # every training starts with a garbage collection: what was imported need not be looked at
@@ -68,9 +71,25 @@ def _arguments(kind, batch_size, lr, seed, report_to="none", **more):
     )  # fmt: skip
 
 
+def _trainer(kind, model, **settings):
+    """A trainer of `model`, which `run_steps` finds as `trainer.whole`.
+
+    FSDP takes apart what it trains, so there it is given a copy of its own. `model` itself stays whole on every rank:
+    sampling, log-probabilities, snapshots and adapters that are switched off need nothing of FSDP, and a rank may call
+    it as often as its share of the work asks.
+    """
+    own = deepcopy(model.to(settings["args"].device)) if ranks.sharded() else model  # TRL moves the latter itself
+    trainer = kind(model=own, **settings)
+    trainer.whole = model
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
 def run_steps(trainer, steps, seed, lr=None):
     """Train for `steps` optimiser steps. Weights and optimiser state go on from where they are; the learning rate
     schedule starts anew, with peak `lr` where given, and `seed` decides the order of rows. Returns the steps taken."""
+    if ranks.sharded():
+        restore(trainer.model, snapshot(trainer.whole))
     if lr is not None:
         trainer.args.learning_rate = lr
         for group in trainer.optimizer.param_groups if trainer.optimizer else ():
@@ -83,14 +102,16 @@ def run_steps(trainer, steps, seed, lr=None):
     trainer.train()
     if trainer.state.global_step != steps:
         raise RuntimeError(f"{trainer.state.global_step} of {steps} steps were taken: too few rows for one batch")
+    if ranks.sharded():
+        restore(trainer.whole, snapshot(trainer.model))
     return steps
 
 
 def moments(trainer):
-    """The optimiser's state, {"parameter/kind": tensor}; empty before the first step."""
+    """The optimiser's state, {"parameter.kind": tensor}; empty before the first step."""
     named = {p: name for name, p in trainer.model.named_parameters()}
     state = trainer.optimizer.state if trainer.optimizer else {}
-    return {f"{named[p]}/{kind}": value for p, kinds in state.items() for kind, value in kinds.items()}
+    return {f"{named[p]}.{kind}": value for p, kinds in state.items() for kind, value in kinds.items()}
 
 
 def restore_moments(trainer, kept):
@@ -100,7 +121,7 @@ def restore_moments(trainer, kept):
     parameters = dict(trainer.model.named_parameters())
     trainer.create_optimizer()
     for key, value in kept.items():
-        name, kind = key.rsplit("/", 1)
+        name, kind = key.rsplit(".", 1)
         trainer.optimizer.state[parameters[name]][kind] = value.to(parameters[name].device) if value.dim() else value
 
 
@@ -202,6 +223,7 @@ class PreferenceTrainer(DPOTrainer):
 
     def __init__(self, *args, level=0.0, pair_loss=losses.soft_dpo_loss, **kwargs):
         super().__init__(*args, **kwargs)
+        self.is_fsdp_enabled = ranks.sharded()
         self.level, self.pair_loss = level, pair_loss
         self.steps_before = 0  # of earlier rounds: what is logged counts on from there
         unsupported = {
@@ -216,6 +238,12 @@ class PreferenceTrainer(DPOTrainer):
     def all_steps(self):
         """Optimiser steps of all rounds so far."""
         return self.steps_before + self.state.global_step
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        # Until the first step nothing is sharded. TRL would look for a folder of the reference, whose log-probabilities
+        # are in the rows; `__init__` above says so again when TRL has done.
+        self.is_fsdp_enabled = False
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         return dataset  # tokenised already
@@ -254,11 +282,16 @@ class PreferenceTrainer(DPOTrainer):
             self.state.global_step -= self.steps_before
 
     def _stopped_at(self, per_pair, inputs):
-        """Where a loss broke, in one line; weights, optimiser state and log history before that step are kept."""
+        """Where a loss broke, in one line; weights, optimiser state and log history before that step are kept, under
+        FSDP each rank's part of them."""
         folder = record.records_dir().parent / "stopped" / str(ranks.rank())
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: w.contiguous() for name, w in snapshot(self.model).items()}, folder / "weights.safetensors")
-        save_file({name: v.contiguous() for name, v in moments(self).items()}, folder / "optimizer.safetensors")
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        for file, tensors in (("weights", weights), ("optimizer", moments(self))):
+            save_file({name: _own_part(tensor) for name, tensor in tensors.items()}, folder / f"{file}.safetensors")
         self.state.save_to_json(str(folder / "trainer_state.json"))
         broken = (~torch.isfinite(per_pair)).nonzero().flatten().tolist()
         where = "the level term"
@@ -285,6 +318,11 @@ class PreferenceTrainer(DPOTrainer):
             metrics[name].append(value.mean().item())
 
 
+def _own_part(tensor):
+    """This rank's part, to be written down: the other ranks, which are elsewhere, need not take part in this."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().contiguous()
+
+
 def preference_trainer(
     model, tokenizer, dataset, beta, batch_size, lr, seed, level=0.0, max_length=None, pair_loss=losses.soft_dpo_loss,
     report_to="none",
@@ -300,14 +338,13 @@ def preference_trainer(
     )
     columns = REF_COLUMNS + (PAIR_COLUMNS if level > 0 else PAIR_COLUMNS[:1])
     collator = PairCollator(tokenizer.pad_token_id, columns, max_length)
-    trainer = PreferenceTrainer(
-        model=model, args=args, processing_class=tokenizer, train_dataset=dataset, data_collator=collator, level=level,
-        pair_loss=pair_loss,
+    trainer = _trainer(
+        PreferenceTrainer, model, args=args, processing_class=tokenizer, train_dataset=dataset, data_collator=collator,
+        level=level, pair_loss=pair_loss,
     )  # fmt: skip
     if isinstance(model, PeftModel):
-        model.delete_adapter("ref")  # TRL's frozen copy of the adapter; the cached log-probabilities take its place
-    trainer.remove_callback(PrinterCallback)
-    _check_apart(model, dataset, tokenizer.pad_token_id, max_length)
+        trainer.model.delete_adapter("ref")  # TRL's frozen copy of the adapter; cached log-probabilities take its place
+    _check_apart(trainer.model, dataset, tokenizer.pad_token_id, max_length)
     return trainer
 
 
@@ -374,8 +411,7 @@ def train_sft(model, tokenizer, prompts, answers, steps, batch_size, lr, seed, m
         }
     )
     args = _arguments(SFTConfig, batch_size, lr, seed, max_length=max_length, pad_to_multiple_of=MULTIPLE)
-    trainer = SFTTrainer(model=model, args=args, processing_class=tokenizer, train_dataset=dataset)
-    trainer.remove_callback(PrinterCallback)
+    trainer = _trainer(SFTTrainer, model, args=args, processing_class=tokenizer, train_dataset=dataset)
     run_steps(trainer, steps, seed)
     return trainer.state.log_history
 
@@ -410,10 +446,9 @@ def train_scores(model, tokenizer, prompts, chosen, rejected, steps, batch_size,
         columns[name] = [(p + a)[:max_length] for p, a in zip(prompt_ids, ids, strict=True)]
     args = _arguments(RewardConfig, batch_size, lr, seed, max_length=None)
     kind, names = (RewardTrainer, ()) if signs is None else (CostTrainer, SIGN_COLUMNS)
-    trainer = kind(
-        model=model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_dict(columns),
+    trainer = _trainer(
+        kind, model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_dict(columns),
         data_collator=PairCollator(tokenizer.pad_token_id, names),
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)
     run_steps(trainer, steps, seed)
     return trainer.state.log_history

@@ -217,4 +217,4 @@ def test_moments_go_to_their_own_parameters(lab, pairs):
     trainers.restore_moments(other, kept)
     assert all(torch.equal(value, kept[name]) for name, value in trainers.moments(other).items())
     with pytest.raises(KeyError):
-        trainers.restore_moments(other, {"no.such.weight/step": torch.tensor(1.0)})
+        trainers.restore_moments(other, {"no.such.weight.step": torch.tensor(1.0)})

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -479,14 +480,14 @@ def test_the_series_runs_on_a_pretrained_model_and_the_comparison_reads_it(folde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["pd_dpo", "dual_descent"])
-def test_two_processes_train_and_judge_a_pretrained_policy(folder, files, tmp_path, method):
+@pytest.mark.parametrize(("method", "sharded"), [("pd_dpo", False), ("dual_descent", False), ("pd_dpo", True)])
+def test_two_processes_train_and_judge_a_pretrained_policy(folder, files, tmp_path, method, sharded):
     """The script twin on files: scorers, adapter, sampling and dual steps by two ranks as by one."""
     text = (
         f"method: {{method}}\nfeedback: learned\nmodel: {folder}\ndata_file: {files['data_file']}\nout: {{out}}\n"
         "n_pairs: 16\nsteps: 4\nmax_rounds: 2\nn_prompts: 6\nmax_new_tokens: 6\nmax_length: 96\nbeta: 0.1\nshards: 2\n"
     )
-    one, two = (launch(tmp_path, n, method, tmp_path / f"cache-{n}", text) for n in (1, 2))
+    one, two = (launch(tmp_path, n, method, tmp_path / f"cache-{n}", text, sharded and n > 1) for n in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2) and len(one["rounds"]) == len(two["rounds"]) == 2
     for a, b in zip(one["rounds"], two["rounds"], strict=True):
         assert a["steps"] == b["steps"] and a["samples"] == b["samples"] == 12
@@ -497,5 +498,9 @@ def test_two_processes_train_and_judge_a_pretrained_policy(folder, files, tmp_pa
             b["kl_ref"], abs=1e-3
         )
     base, _ = real.load_model(str(folder))
-    kept = PeftModel.from_pretrained(base, tmp_path / "by-2" / method)
-    assert any(value.abs().max() > 0 for name, value in kept.state_dict().items() if "lora_B" in name)
+    kept, alone = (
+        PeftModel.from_pretrained(deepcopy(base), tmp_path / by / method).state_dict()
+        for by in (f"by-2{'-sharded' * sharded}", "by-1")
+    )
+    assert any(value.abs().max() > 0 for name, value in kept.items() if "lora_B" in name)
+    assert all(torch.allclose(value, alone[name], atol=1e-4) for name, value in kept.items())

@@ -6,23 +6,33 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import accelerate.commands.launch
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 
 from cdpo_utils import losses, ranks, record, run, train
 
+FSDP = record.repo_root() / "configs" / "fsdp_gpu.yaml"
 TINY = "method: {method}\nfeedback: oracle\nn_pairs: 500\nn_objects: 3\nn_tools: 3\nsteps: 20\nshards: 3\nout: {out}\n"
 
 
-def launch(folder, processes, method, cache, text=TINY):
-    """The result of `text`, a configuration, by that many processes."""
-    config, out = folder / "config.yaml", folder / f"by-{processes}"
+def launch(folder, processes, method, cache, text=TINY, sharded=False):
+    """The result of `text`, a configuration, by that many processes, DDP or FSDP."""
+    config, out = folder / "config.yaml", folder / f"by-{processes}{'-sharded' * sharded}"
     config.write_text(text.format(method=method, out=out), encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "cdpo_utils.train"]
+    if sharded:
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP)]
+        command += ["--num_processes", str(processes), "--main_process_port", "0"]  # 0: any that is free
+        command += [str(Path(__file__).with_name("fsdp_without_gpus.py"))]
     done = subprocess.run(
-        [*command, "-m", "cdpo_utils.train", "--config", str(config)],
+        [*command, "--config", str(config)],
         env={**os.environ, "CDPO_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=400,
     )  # fmt: skip
@@ -31,9 +41,10 @@ def launch(folder, processes, method, cache, text=TINY):
 
 
 @pytest.mark.slow
-def test_two_processes_agree_with_one(tmp_path, method="dual_descent"):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_agree_with_one(tmp_path, sharded, method="dual_descent"):
     """The same batches, the same answers drawn: what remains is rounding, to which a sampled token is rarely open."""
-    one, two = (launch(tmp_path, n, method, tmp_path / "cache") for n in (1, 2))
+    one, two = (launch(tmp_path, n, method, tmp_path / f"cache-{n}", sharded=sharded and n > 1) for n in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert len(one["rounds"]) == len(two["rounds"]) > 1
     for a, b in zip(one["rounds"], two["rounds"], strict=True):
@@ -91,6 +102,32 @@ def test_a_bad_configuration_is_one_line(tmp_path, capsys, text, message):
     assert train.main(["--config", str(tmp_path / "c.yaml")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "message"),
+    [
+        ("MULTI_CPU", {}, "FSDP without a GPU: accelerate would train as DDP does"),
+        ("FSDP", {"FSDP_VERSION": "1"}, "fsdp_version: 1; expected 2, as in configs/fsdp_gpu.yaml"),
+        ("FSDP", {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true; expected false"),
+    ],
+)
+def test_an_fsdp_that_would_train_something_else_is_refused(monkeypatch, kind, changed, message):
+    for name, value in (train.FSDP | changed).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(run.NotUnderstood, match=message):
+        train.check_sharding(DistributedType(kind))
+
+
+def test_the_fsdp_configuration_is_one_that_is_trained(monkeypatch):
+    """What accelerate makes of configs/fsdp_gpu.yaml, found as a launch of it would."""
+    parser = accelerate.commands.launch.launch_command_parser()
+    args = parser.parse_args(["--config_file", str(FSDP), "script.py"])
+    args, _, _ = accelerate.commands.launch._validate_launch_command(args)
+    for name, value in prepare_multi_gpu_env(args).items():
+        monkeypatch.setenv(name, value)
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+    train.check_sharding(DistributedType.FSDP)
 
 
 def test_too_few_shards(tmp_path, capsys):
