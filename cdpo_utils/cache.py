@@ -1,20 +1,22 @@
 """A content-keyed cache of trained weights under build/cache: safe to delete at any time, never trusted blindly.
 
 The key is everything that decides the weights: the caller's settings, the source of this package, and the versions of
-what trains. An entry that cannot be read, or whose checksum is wrong, is rebuilt.
+what trains. An entry that cannot be read, or whose checksum is wrong, is rebuilt. One that cannot be written is done
+without, and said.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from cdpo_utils import guard, ranks
+from cdpo_utils import files, guard, ranks
 from cdpo_utils.record import repo_root
 
 # Modules that decide weights; plots, records and the runner do not.
@@ -80,7 +82,8 @@ def _read(path):
 
 
 def _write(path, body):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(hashlib.sha256(body).hexdigest().encode() + body)
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, hashlib.sha256(body).hexdigest().encode() + body)
+    except OSError as error:  # a full disk, a course's cache that students only read: what was made is at hand
+        print(f"not kept in the cache: {guard.disk(error)}", file=sys.stderr)

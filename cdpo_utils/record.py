@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cdpo_utils import guard
+from cdpo_utils.files import write_whole
 
 METHODS = ("reference", "dpo_helpful", "dpo_harmless", "c_dpo", "one_shot", "dual_descent", "pd_dpo", "optimum")
 METHOD_FIELDS = (
@@ -116,13 +117,6 @@ def save_record(notebook, parameters, methods, extra=None):
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(path, text + "\n")
     return path
-
-
-def write_whole(path, text):
-    """Write a text file so that a reader sees the old one or the new one, never half of one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def records_dir():

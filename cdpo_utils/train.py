@@ -7,19 +7,24 @@ Ranks divide each batch, the sampling and the reference log-probabilities (`rank
 answers of all of them, once for every rank. Rank 0 writes `out`/<method>.json: the configuration, the rows of a
 summary, and the rounds; for a pretrained model also the intervals, and the adapter in `out`/<method>/.
 
-Exit status: 0 done, 2 not understood and nothing trained.
+Exit status: 0 done, 1 the disk was full, 2 not understood or not to be written, and nothing trained.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 
-from cdpo_utils import ranks, record, run
+from cdpo_utils import files, guard, ranks, record, run
 
 
 @dataclasses.dataclass
@@ -68,20 +73,46 @@ def read_config(file):
     return Config(**values)
 
 
-def train(config):
-    """Train `config.method`: {"methods": its rows, "rounds": ...}. With several processes, all of them call this."""
-    from cdpo_utils import labs, scoring, suite  # TRL takes seconds to load: not for a mistyped field
+def check(config):
+    """Raise run.NotUnderstood, in one line, for fields that do not go together."""
+    from cdpo_utils import suite
 
     if config.shards < ranks.world():
         raise run.NotUnderstood(f"shards {config.shards}; expected at least {ranks.world()}, one a process")
+    if not config.model:
+        known = {(method, feedback) for method, feedback in suite.RUNS}
+        if (config.method, config.feedback) not in known:
+            pairs = ", ".join(f"{m} with {f}" for m, f in sorted(known))
+            raise run.NotUnderstood(f"method {config.method} with feedback {config.feedback}; there are {pairs}")
+        if 64 % ranks.world():  # every batch of the bench is of 64 or 128 pairs
+            raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of 64; expected a power of 2")
+        return
+    if config.feedback != "learned":
+        raise run.NotUnderstood(f"feedback {config.feedback}: the truth about {config.model} is unknown; say learned")
+    if config.method not in suite.NOTEBOOKS:
+        raise run.NotUnderstood(f"method {config.method}; expected one of {', '.join(suite.NOTEBOOKS)}")
+    for name in ("n_prompts", "samples", "reference_samples"):
+        if getattr(config, name) < 2:
+            raise run.NotUnderstood(f"{name} {getattr(config, name)}; expected at least 2")
+    if (size := optimiser(config)["batch_size"]) % ranks.world():
+        raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {size}")
+
+
+def optimiser(config):
+    """The settings of a pretrained model's optimiser, as far as `config` has none of its own."""
+    from cdpo_utils import real
+
+    return real.OPTIMISER | {name: value for name in ("batch_size", "lr") if (value := getattr(config, name))}
+
+
+def train(config):
+    """Train `config.method`: {"methods": its rows, "rounds": ...}, of a configuration that `check` lets pass.
+
+    With several processes, all of them call this."""
+    from cdpo_utils import labs, scoring, suite  # TRL takes seconds to load: not for a mistyped field
+
     if config.model:
         return train_pretrained(config)
-    known = {(method, feedback) for method, feedback in suite.RUNS}
-    if (config.method, config.feedback) not in known:
-        pairs = ", ".join(f"{m} with {f}" for m, f in sorted(known))
-        raise run.NotUnderstood(f"method {config.method} with feedback {config.feedback}; there are {pairs}")
-    if 64 % ranks.world():  # every batch of the bench is of 64 or 128 pairs
-        raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of 64; expected a power of 2")
     settings = dataclasses.asdict(config)
     made, truths = suite.opened(settings)
     try:
@@ -98,18 +129,9 @@ def train(config):
 
 def train_pretrained(config):
     """The same for a pretrained model, judged beside its reference by sampled answers."""
-    from cdpo_utils import algorithms, data, labs, real, suite
+    from cdpo_utils import algorithms, data, labs, suite
 
-    if config.feedback != "learned":
-        raise run.NotUnderstood(f"feedback {config.feedback}: the truth about {config.model} is unknown; say learned")
-    if config.method not in suite.NOTEBOOKS:
-        raise run.NotUnderstood(f"method {config.method}; expected one of {', '.join(suite.NOTEBOOKS)}")
-    for name in ("n_prompts", "samples", "reference_samples"):
-        if getattr(config, name) < 2:
-            raise run.NotUnderstood(f"{name} {getattr(config, name)}; expected at least 2")
-    own = real.OPTIMISER | {name: value for name in ("batch_size", "lr") if (value := getattr(config, name))}
-    if own["batch_size"] % ranks.world():
-        raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {own['batch_size']}")
+    own = optimiser(config)
     names = ("seed", "n_pairs", "model", "data_file", "helpful_file", "safety_file", "published_reward",
              "published_cost", "n_prompts", "max_new_tokens", "max_length")  # fmt: skip
     try:
@@ -126,7 +148,7 @@ def train_pretrained(config):
     )  # fmt: skip
     weights, descent, seconds = trained[config.method]
     if ranks.rank() == 0:
-        made.lab.model.save_pretrained(Path(config.out) / config.method)
+        save_whole(made.lab.model, Path(config.out) / config.method)
     rows, intervals, tests = made.judge(
         {"reference": None, config.method: weights}, feedback, budget, suite.NOTEBOOKS[config.method],
         config.samples, {config.method: seconds}, {config.method: descent} if descent else {},
@@ -137,6 +159,42 @@ def train_pretrained(config):
     }  # fmt: skip
 
 
+def save_whole(model, folder):
+    """`save_pretrained` into `folder`, which has all of it or what it had before. Raises OSError, which names it."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part") as part:
+        try:
+            model.save_pretrained(Path(part) / "model")
+        except SafetensorError as error:  # by which safetensors says that a disk is full
+            raise OSError(f"{folder}: {error}") from None
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(Path(part) / "model", folder)
+
+
+@contextlib.contextmanager
+def writing(config):
+    """What `config` will write for this process alone; NotUnderstood, before anything is trained, where it cannot be.
+
+    The file that is held stays behind, empty."""
+    try:
+        files.writable(Path(config.out))
+    except OSError as error:
+        raise run.NotUnderstood(guard.disk(error)) from None
+    with run.alone(Path(config.out) / f"{config.method}.lock"):
+        yield
+
+
+def write(config, trained):
+    """`out`/<method>.json, and its rows in words."""
+    result = {"config": dataclasses.asdict(config), "processes": ranks.world(), "versions": record.versions()}
+    text = json.dumps(result | trained, indent=1, allow_nan=False)
+    files.write_whole(Path(config.out) / f"{config.method}.json", text + "\n")
+    for row in trained["methods"]:
+        gap = "unknown" if row["gap"] is None else f"{row['gap']:.2f} %"
+        print(f"{row['method']} {row['split']}: gap {gap}, reward {row['reward']:.3f}, "
+              f"violation {row['violation']:+.4f}")  # fmt: skip
+
+
+@guard.told
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.train", description="Train one method.")
@@ -144,20 +202,14 @@ def main(argv=None):
     try:
         config = read_config(parser.parse_args(argv).config)
         PartialState(cpu=not torch.cuda.is_available())  # joins the other processes, where there are any
-        trained = train(config)
+        check(config)
+        with writing(config) if ranks.rank() == 0 else contextlib.nullcontext():
+            trained = train(config)
+            if ranks.rank() == 0:
+                write(config, trained)
     except run.NotUnderstood as error:
         print(error, file=sys.stderr)
         return 2
-    if ranks.rank() == 0:
-        out = Path(config.out)
-        out.mkdir(parents=True, exist_ok=True)
-        result = {"config": dataclasses.asdict(config), "processes": ranks.world(), "versions": record.versions()}
-        text = json.dumps(result | trained, indent=1, allow_nan=False)
-        (out / f"{config.method}.json").write_text(text + "\n", encoding="utf-8")
-        for row in trained["methods"]:
-            gap = "unknown" if row["gap"] is None else f"{row['gap']:.2f} %"
-            print(f"{row['method']} {row['split']}: gap {gap}, reward {row['reward']:.3f}, "
-                  f"violation {row['violation']:+.4f}")  # fmt: skip
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
