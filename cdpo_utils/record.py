@@ -40,7 +40,9 @@ METHOD_FIELDS = (
 )
 CHOICES = {"method": METHODS, "feedback": ("oracle", "learned"), "split": ("train", "test")}
 PER_CONSTRAINT = ("lam", "cost", "budget", "violation")
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "papermill", "cdpo-utils")
+PACKAGES = ("torch", "transformers", "tokenizers", "trl", "accelerate", "peft", "datasets", "numpy", "scipy", "papermill",
+            "cdpo-utils")  # fmt: skip
+MACHINE = ("cores", "threads", "cpu", "instructions", "gpu")  # which of `versions` one machine has and another has not
 
 
 def repo_root():
@@ -133,8 +135,11 @@ def source_hash():
 
 
 def versions():
-    """What a number may depend on besides the parameters."""
+    """What a number may depend on besides parameters and source: where all of it is equal, the bits are.
+
+    Threads and instructions decide in which order a sum is taken, and with it the last bits."""
     torch = sys.modules.get("torch")  # asked only where it is loaded: importing it takes seconds
+    on_gpu = torch and torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -142,7 +147,20 @@ def versions():
         "commit": _commit(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads() if torch else None,
+        "cpu": _cpu(),
+        "instructions": torch.backends.cpu.get_cpu_capability() if torch else None,
+        "gpu": f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if on_gpu else None,
     }
+
+
+def _cpu():
+    """The processor's name, as Linux or else Python knows it; None where neither does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or None
 
 
 def _installed(name):

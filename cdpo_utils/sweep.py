@@ -65,8 +65,9 @@ def plan(values, notebooks):
     chosen = run.select(notebooks, values["only"], values["setting"])
     names, lists = list(values["grid"]), values["grid"].values()
     points = [dict(zip(names, point, strict=True)) for point in itertools.product(*lists)]
-    # the source says more than the commit, and a cluster's nodes differ in cores
-    versions = {name: value for name, value in record.versions().items() if name not in ("commit", "cores", "threads")}
+    # the source says more than the commit, and a cluster's nodes differ
+    left_out = ("commit", *record.MACHINE)
+    versions = {name: value for name, value in record.versions().items() if name not in left_out}
     common = [record.source_hash(), versions, [path.read_text(encoding="utf-8") for path, _ in chosen]]
     planned = []
     for point in points:

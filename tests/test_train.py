@@ -84,7 +84,8 @@ def test_the_level_term_spans_all_ranks(tmp_path):
         ("model: ./nowhere\nfeedback: learned", "a pretrained model needs data_file (both labels), or helpful_file"),
     ],
 )
-def test_a_bad_configuration_is_one_line(tmp_path, capsys, text, message):
+def test_a_bad_configuration_is_one_line(tmp_path, capsys, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)  # `out` is below it
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
     assert train.main(["--config", str(tmp_path / "c.yaml")]) == 2
     error = capsys.readouterr().err
