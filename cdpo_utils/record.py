@@ -40,8 +40,8 @@ METHOD_FIELDS = (
 )
 CHOICES = {"method": METHODS, "feedback": ("oracle", "learned"), "split": ("train", "test")}
 PER_CONSTRAINT = ("lam", "cost", "budget", "violation")
-PACKAGES = ("torch", "transformers", "tokenizers", "trl", "accelerate", "peft", "datasets", "numpy", "scipy", "papermill",
-            "cdpo-utils")  # fmt: skip
+PACKAGES = ("torch", "transformers", "tokenizers", "trl", "accelerate", "peft", "datasets", "numpy", "scipy",
+            "papermill", "cdpo-utils")  # fmt: skip
 MACHINE = ("cores", "threads", "cpu", "instructions", "gpu")  # which of `versions` one machine has and another has not
 
 
