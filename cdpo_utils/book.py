@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 
-from cdpo_utils import __version__, explorer, record, report
+from cdpo_utils import __version__, explorer, guard, record, report
 
 REPOSITORY = "OWNER/cdpo-utils"  # on GitHub: the one place that says where the notebooks can be opened from
 TAG = f"v{__version__}"
@@ -109,6 +109,7 @@ def build(run, out, write_explorer=explorer.write):
     return out / "index.html"
 
 
+@guard.told
 def main(argv=None):
     """The command line. Returns the exit status: 0 built, 2 something is missing."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.book", description="Build the book.")

@@ -1,20 +1,22 @@
 """A content-keyed cache of trained weights under build/cache: safe to delete at any time, never trusted blindly.
 
 The key is everything that decides the weights: the caller's settings, the source of this package, and the versions of
-what trains. An entry that cannot be read, or whose checksum is wrong, is rebuilt.
+what trains. An entry that cannot be read, or whose checksum is wrong, is rebuilt. One that cannot be written is done
+without, and said.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from cdpo_utils import guard, ranks
+from cdpo_utils import files, guard, ranks
 from cdpo_utils.record import repo_root
 
 # Modules that decide weights; plots, records and the runner do not.
@@ -50,7 +52,7 @@ def cached_weights(name, settings, model, train):
             return model
     train(model)
     # tied weights share memory, which safetensors refuses: every tensor is copied out
-    write_checked(path, save({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}))
+    _keep(path, save({k: v.detach().clone().contiguous() for k, v in model.state_dict().items()}))
     return model
 
 
@@ -60,7 +62,7 @@ def cached_json(name, settings, make):
     if _on_all_ranks(body := read_checked(path)):
         return json.loads(body)
     value = make()
-    write_checked(path, json.dumps(value).encode())
+    _keep(path, json.dumps(value).encode())
     return value
 
 
@@ -80,8 +82,15 @@ def read_checked(path):
 
 
 def write_checked(path, body):
-    """Write bytes behind their checksum, so that a reader finds the old file or the new one, never half of one."""
+    """Write bytes behind their checksum, so that a reader finds the old file or the new one, never half of one.
+
+    Raises OSError, which names the file, where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(hashlib.sha256(body).hexdigest().encode() + body)
-    os.replace(part, path)
+    files.write_whole(path, hashlib.sha256(body).hexdigest().encode() + body)
+
+
+def _keep(path, body):
+    try:
+        write_checked(path, body)
+    except OSError as error:  # a full disk, a course's cache that students only read: what was made is at hand
+        print(f"not kept in the cache: {guard.disk(error)}", file=sys.stderr)

@@ -10,6 +10,7 @@ in its last digit on the batch it was computed in.
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,9 +18,18 @@ import numpy as np
 import torch
 from safetensors.torch import load, save
 
-from cdpo_utils import cache, policies, ranks, record, trainers
+from cdpo_utils import cache, guard, policies, ranks, record, trainers
 
-VERSIONS = ("python", "torch", "transformers", "trl", "peft", "threads")  # of `record.versions`: what bits depend on
+VERSIONS = (
+    "python",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "threads",
+    "cpu",
+    "instructions",
+)  # of `record.versions`: what bits depend on
 
 
 @dataclass
@@ -37,9 +47,17 @@ class Store:
     ends: list = field(default_factory=list)  # weights that each link ended with, or None
 
     def save(self, lam, rounds, end):
-        """Keep the state after round len(rounds); `lam` is the next one's multiplier, `end` None or how it ended."""
+        """Keep the state after round len(rounds); `lam` is the next one's multiplier, `end` None or how it ended.
+
+        Where the disk is full that is said, the round before stays, and the loop goes on."""
         if ranks.rank():
             return
+        try:
+            self._write(lam, rounds, end)
+        except OSError as error:
+            print(f"round {len(rounds)} is not kept: {guard.disk(error)}", file=sys.stderr)
+
+    def _write(self, lam, rounds, end):
         k, moments = len(rounds), {}
         for i, trainer in enumerate(self.trainers):
             moments |= {f"{i}/moment/{name}": value for name, value in trainers.moments(trainer).items()}

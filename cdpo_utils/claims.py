@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cdpo_utils import algorithms, comparison, evaluate, exact, guard, labs, suite, workers
+from cdpo_utils import algorithms, comparison, evaluate, exact, files, guard, labs, suite, workers
 from cdpo_utils.algorithms import Schedule
 
 BUDGETS = (1.5, 0.75, 0.0, -0.75, -1.5)  # from nearly slack to tight, in logits
@@ -247,6 +247,7 @@ NOT_HERE = [
 ]  # fmt: skip
 
 
+@guard.told
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.claims", description=__doc__.splitlines()[0])
@@ -265,18 +266,22 @@ def main(argv=None):
         except OSError as error:
             print(f"--comparison {given.comparison}: {error}; run python -m cdpo_utils.comparison", file=sys.stderr)
             return 2
+    try:
+        files.writable(given.out)
+    except OSError as error:
+        print(guard.disk(error), file=sys.stderr)
+        return 2
     started = time.time()
     settings = {"n_pairs": given.n_pairs, "n_objects": given.n_objects, "n_tools": given.n_tools}
     measured = measure(given.seeds, settings | {"beta": 1.0, "steps": given.steps})
     lines = of_comparison(rows) if rows else []
     lines += of_budgets(measured["budgets"]) + of_pd_dpo(measured["pd_dpo"]) + of_tails(measured["tails"]) + NOT_HERE
-    given.out.mkdir(parents=True, exist_ok=True)
+    for line in lines:
+        print("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |")
     for name, frame in measured.items():
         guard.write_csv(frame, given.out / f"{name}.csv")
     table = pd.DataFrame(lines, columns=["paper", "claim", "measured", "verdict"])
     guard.write_csv(table, given.out / "claims.csv")
-    for line in lines:
-        print("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |")
     print(f"seeds {given.seeds}; {time.time() - started:.0f} s; {given.out}")
     return 0
 

@@ -29,6 +29,8 @@ from cdpo_utils import (
     dual,
     evaluate,
     exact,
+    files,
+    guard,
     labs,
     plots,
     policies,
@@ -290,6 +292,7 @@ def fill(seed, settings):
     workers.side_by_side(labs.fill_cache, [(kind, seed, settings["n_pairs"], sizes) for kind in labs.SCORERS])
 
 
+@guard.told
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.comparison", description=__doc__.splitlines()[0])
@@ -307,15 +310,19 @@ def main(argv=None):
     settings = {name: getattr(given, name) for name in names} | {"budget_from": "absolute"}
     started = time.time()
     try:
+        files.writable(given.out)
+    except OSError as error:
+        print(guard.disk(error), file=sys.stderr)
+        return 2
+    try:
         tuning, rows, papers, frontiers = compare(given.methods, given.seeds, settings, given.steps)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     result = {"settings": settings, "knobs": KNOBS, "seconds": time.time() - started}
     result |= {"tuning": tuning, "rows": rows, "papers": papers, "frontiers": frontiers}
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "comparison.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     print(table(rows + papers).to_string(index=False))
+    files.write_whole(given.out / "comparison.json", json.dumps(result, indent=1))
     for row in tuning + rows:
         if row["path"]:
             print(f"{row['method']} {row['knob']:g}, seed {row['seed']}, {row['steps']} steps: multiplier swings by "

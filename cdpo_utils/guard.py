@@ -1,8 +1,12 @@
 """What comes from files, models and servers is not trusted: how it may reach terminals, pages, tables and folders."""
 
+import functools
 import json
 import os
 import re
+import sys
+
+from cdpo_utils import files
 
 SECRET_NAME = re.compile("KEY|TOKEN|SECRET|PASSWORD")
 SHORTEST_SECRET = 8  # TOKENIZERS_PARALLELISM=false is no secret: what is shorter would blot out ordinary words
@@ -22,6 +26,25 @@ def one_line(error, limit=None):
     """The first line of an exception's message, fit for a terminal and without secrets; its type where it has none."""
     lines = without_secrets(str(error)).strip().splitlines() or [type(error).__name__]
     return visible(lines[0], limit)
+
+
+def disk(error):
+    """An OSError in one line: the file, then what the system says of it."""
+    return one_line(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error)
+
+
+def told(main):
+    """A command line whose OSErrors end it with one line and status 1 in the place of a traceback."""
+
+    @functools.wraps(main)
+    def with_one_line(*args, **settings):
+        try:
+            return main(*args, **settings)
+        except OSError as error:
+            print(disk(error), file=sys.stderr)
+            return 1
+
+    return with_one_line
 
 
 def without_secrets(value):
@@ -45,7 +68,7 @@ def scrub(path):
     if path.is_file():
         text = path.read_bytes().decode("utf-8", "replace")
         if (clean := without_secrets(text)) != text:
-            path.write_text(clean, encoding="utf-8", newline="")
+            files.write_whole(path, clean)
 
 
 def inside(folder, name):
@@ -61,4 +84,4 @@ def write_csv(frame, path):
     def safe(value):
         return "'" + value if isinstance(value, str) and value.startswith(FORMULA) else value
 
-    frame.map(safe).rename(columns=safe).to_csv(path, index=False)
+    files.write_whole(path, frame.map(safe).rename(columns=safe).to_csv(index=False))

@@ -41,6 +41,7 @@ from cdpo_utils import (
     data,
     dual,
     evaluate,
+    files,
     guard,
     labs,
     plots,
@@ -247,6 +248,7 @@ def rare_mass(logps, rare):
     return float(np.exp(logps)[:, rare].sum(1).mean())
 
 
+@guard.told
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.online", description=__doc__.splitlines()[0])
@@ -267,6 +269,11 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("build/online"), help="of the .json and the .csv")
     given = parser.parse_args(argv)
     settings, rows = vars(given) | {"out": str(given.out)}, []
+    try:
+        files.writable(given.out.parent)
+    except OSError as error:
+        print(guard.disk(error), file=sys.stderr)
+        return 2
     try:
         if given.pairs > given.samples:
             raise ValueError(f"pairs {given.pairs}; expected at most samples, {given.samples}: pairs are made of these")
@@ -290,9 +297,8 @@ def main(argv=None):
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"settings": settings, "rows": rows}, indent=1)
-    given.out.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    files.write_whole(given.out.with_suffix(".json"), text + "\n")
     table = pd.DataFrame(rows).drop(columns="rounds")
     guard.write_csv(table, given.out.with_suffix(".csv"))
     shown = ["gap", "violation_spreads", "rare", "rare_exact", "lam", "lam_exact", "labels"]

@@ -14,7 +14,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.container import BarContainer
 from scipy.stats import f as fisher
 
-from cdpo_utils import guard, record
+from cdpo_utils import files, guard, record
 
 LAMBDA, BUDGET, OPTIMUM, REFERENCE = "#CC79A7", "#444444", "#000000", "#888888"
 METHOD_COLOURS = {  # Okabe and Ito's palette, readable with colour blindness
@@ -45,7 +45,9 @@ def show(fig, alt):
 
 def save(fig, path):
     """Write a figure as `path`.png, sharp enough for a slide, and its data as `path`.csv; close it."""
-    fig.savefig(path.with_suffix(".png"), bbox_inches="tight", dpi=200)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", bbox_inches="tight", dpi=200)
+    files.write_whole(path.with_suffix(".png"), buffer.getvalue())
     guard.write_csv(plotted(fig), path.with_suffix(".csv"))
     plt.close(fig)
 

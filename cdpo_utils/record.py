@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from cdpo_utils import guard
+from cdpo_utils.files import write_whole
 
 METHODS = ("reference", "dpo_helpful", "dpo_harmless", "c_dpo", "one_shot", "dual_descent", "pd_dpo", "optimum")
 METHOD_FIELDS = (
@@ -39,7 +40,9 @@ METHOD_FIELDS = (
 )
 CHOICES = {"method": METHODS, "feedback": ("oracle", "learned"), "split": ("train", "test")}
 PER_CONSTRAINT = ("lam", "cost", "budget", "violation")
-PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "papermill", "cdpo-utils")
+PACKAGES = ("torch", "transformers", "tokenizers", "trl", "accelerate", "peft", "datasets", "numpy", "scipy",
+            "papermill", "cdpo-utils")  # fmt: skip
+MACHINE = ("cores", "threads", "cpu", "instructions", "gpu")  # which of `versions` one machine has and another has not
 
 
 def repo_root():
@@ -118,13 +121,6 @@ def save_record(notebook, parameters, methods, extra=None):
     return path
 
 
-def write_whole(path, text):
-    """Write a text file so that a reader sees the old one or the new one, never half of one."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def records_dir():
     """Where records are written: `records` in $CDPO_RUN_DIR, or below build/."""
     return Path(os.environ.get("CDPO_RUN_DIR") or repo_root() / "build") / "records"
@@ -144,8 +140,11 @@ def source_hash():
 
 
 def versions():
-    """What a number may depend on besides the parameters."""
+    """What a number may depend on besides parameters and source: where all of it is equal, the bits are.
+
+    Threads and instructions decide in which order a sum is taken, and with it the last bits."""
     torch = sys.modules.get("torch")  # asked only where it is loaded: importing it takes seconds
+    on_gpu = torch and torch.cuda.is_available()
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -153,7 +152,20 @@ def versions():
         "commit": _commit(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads() if torch else None,
+        "cpu": _cpu(),
+        "instructions": torch.backends.cpu.get_cpu_capability() if torch else None,
+        "gpu": f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}" if on_gpu else None,
     }
+
+
+def _cpu():
+    """The processor's name, as Linux or else Python knows it; None where neither does."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or None
 
 
 def _installed(name):

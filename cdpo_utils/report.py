@@ -7,6 +7,7 @@ from urllib.parse import quote
 import nbformat
 from nbconvert import HTMLExporter
 
+from cdpo_utils.files import write_whole
 from cdpo_utils.guard import UNSEEN, visible
 
 # heading, what it shows of a method row
@@ -104,7 +105,7 @@ def write_html(folder, seconds, rows, versions):
     for stem, taken in seconds.items():
         path = folder / f"{stem}.ipynb"
         page, _ = exporter.from_filename(str(path))
-        path.with_suffix(".html").write_text(page.translate(UNSEEN), encoding="utf-8")
+        write_whole(path.with_suffix(".html"), page.translate(UNSEEN))
         heading = html.escape(visible(title(path)))
         links.append(f'<li><a href="{quote(stem)}.html">{heading}</a> ({minutes(taken)})</li>')
     methods = html_table(
@@ -114,7 +115,8 @@ def write_html(folder, seconds, rows, versions):
     )
     packages = html_table(["", ""], [[name, str(value)] for name, value in versions.items()], 2)
     index = folder / "index.html"
-    index.write_text(
+    write_whole(
+        index,
         f"""<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>Run {html.escape(folder.name)}</title><style>{STYLE}</style></head>
@@ -134,6 +136,5 @@ reference. A "-" is a value that is not available there. [low, high] is a 95 % i
 </body>
 </html>
 """,
-        encoding="utf-8",
     )
     return index

@@ -3,7 +3,8 @@
 Each run gets a folder of its own, runs/<time>/, with the executed notebooks, their records, summary.json and an HTML
 report; runs/latest leads to the newest complete one. A run that was killed goes on with --resume runs/<time>: notebooks
 that were done are not run again, in the one that was interrupted dual loops go on after their last whole round.
-Exit status: 0 done, 1 a notebook failed, 2 not understood and nothing run, 130 interrupted.
+Exit status: 0 done, 1 a notebook failed or the disk was full, 2 not understood or not to be written, and nothing run,
+130 interrupted.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from cdpo_utils import guard, progress, record, report
+from cdpo_utils import files, guard, progress, record, report
 
 KINDS = {"bool": bool, "int": int, "float": float, "str": str}
 
@@ -73,6 +74,7 @@ def begin(args, notebooks):
             done = folder / "done.json"
             seconds = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
             seconds = {path.stem: float(seconds[path.stem]) for path in parameters if path.stem in seconds}
+            seconds = {stem: taken for stem, taken in seconds.items() if whole(folder, stem)}
             begun_with = plan_["code"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {guard.one_line(error)}"
@@ -87,38 +89,31 @@ def begin(args, notebooks):
     parameters = plan(chosen, absolute(given | dict(args.pairs)))
     folder = new_folder((args.out or record.repo_root() / "runs").absolute())
     begun = {"code": code, "parameters": {path.name: v for path, v in parameters.items()}}
-    record.write_whole(folder / "plan.json", json.dumps(begun, indent=1))
+    files.write_whole(folder / "plan.json", json.dumps(begun, indent=1))
     return folder, parameters, {}
 
 
 @contextlib.contextmanager
-def alone(folder):
-    """Hold the folder for this process; NotUnderstood where another one that is still alive has it."""
-    lock = folder / "running"
-    if lock.exists() and (other := lock.read_text(encoding="utf-8")).isdecimal() and _alive(int(other)):
-        raise NotUnderstood(f"{folder}: process {other} is running it; where it is not, remove {lock}")
-    lock.unlink(missing_ok=True)  # left by one that was killed
-    try:
-        with lock.open("x", encoding="utf-8") as file:
-            file.write(str(os.getpid()))
-    except FileExistsError:
-        raise NotUnderstood(f"{folder}: another process has just begun to run it") from None
-    try:
+def alone(path):
+    """Hold a file for this process; NotUnderstood where another one has it, or it cannot be written."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(files.alone(path))
+        except BlockingIOError:
+            raise NotUnderstood(f"{path.parent}: another process is running it") from None
+        except OSError as error:
+            raise NotUnderstood(guard.disk(error)) from None
         yield
-    finally:
-        lock.unlink(missing_ok=True)
 
 
-def _alive(pid):
-    if os.name == "nt":  # there the signal 0 would interrupt it: only the reader can tell
-        return True
+def whole(folder, stem):
+    """Whether what a notebook has left in a run's folder can be read."""
+    kept = folder / "records" / f"{stem}.json"
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        nbformat.read(folder / f"{stem}.ipynb", as_version=4)
+        return not kept.exists() or isinstance(json.loads(kept.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
         return False
-    except PermissionError:
-        return True
-    return True
 
 
 def select(folder, only, setting):
@@ -288,6 +283,8 @@ def execute(path, parameters, folder, label):
         where = [place(path, cell.source) for cell in cells if cell.metadata.papermill.start_time]
         reason = "the kernel died (out of memory?)"
         raise NotebookFailed(f"{path.name}, {where[-1]}: {reason}\nsee {output}") from error
+    except OSError as error:  # of a full disk, in the middle of writing
+        raise error if error.filename else files.named(error, output) from None
     finally:
         guard.scrub(output)
     return time.perf_counter() - start
@@ -336,7 +333,7 @@ def summarise(folder, records):
         "methods": [row for r in records for row in r["methods"]],
     }
     text = json.dumps(summary, indent=1, allow_nan=False)
-    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+    files.write_whole(folder / "summary.json", text + "\n")
     return summary
 
 
@@ -348,7 +345,7 @@ def point_latest(folder):
         os.replace(link, folder.parent / "latest")
     except OSError:
         link.unlink(missing_ok=True)
-        (folder.parent / "latest.txt").write_text(folder.name + "\n", encoding="utf-8")
+        files.write_whole(folder.parent / "latest.txt", folder.name + "\n")
 
 
 def complain(error):
@@ -361,11 +358,21 @@ def main(argv=None, notebooks=None):
     args = parse(argv)
     try:
         folder, parameters, seconds = begin(args, notebooks or record.repo_root() / "notebooks")
-        with alone(folder):
+    except OSError as error:  # a disk that is full or read-only: nothing has run
+        complain(guard.disk(error))
+        return 2
+    except NotUnderstood as error:
+        complain(error)
+        return 2
+    try:
+        with alone(folder / "plan.json"):
             return _run(args, folder, parameters, seconds)
     except NotUnderstood as error:
         complain(error)
         return 2
+    except OSError as error:
+        complain(f"{guard.disk(error)}; --resume {folder} goes on")
+        return 1
 
 
 def _run(args, folder, parameters, seconds):
@@ -389,7 +396,7 @@ def _run(args, folder, parameters, seconds):
             except KeyboardInterrupt:
                 print(f"interrupted in {path.name}; --resume {folder} goes on", file=sys.stderr)
                 return 130
-            record.write_whole(folder / "done.json", json.dumps(seconds, indent=1))
+            files.write_whole(folder / "done.json", json.dumps(seconds, indent=1))
             for kept in ("checkpoints", "progress"):  # of its dual loops, which have ended
                 shutil.rmtree(folder / kept, ignore_errors=True)
             print(f"{label}  {report.minutes(seconds[path.stem])}", flush=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import nbformat
 
+from cdpo_utils import guard
 from cdpo_utils.record import repo_root
 
 
@@ -84,6 +85,7 @@ def write(folder, nbgrader=False):
     return paths
 
 
+@guard.told
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.student", description=__doc__.splitlines()[0])

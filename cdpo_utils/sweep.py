@@ -12,7 +12,8 @@ With `--slurm` each run is a job of that partition, through submitit; a sweep th
 has submitted. At the end, or with `--collect` alone, the results of all runs that belong to the grid become
 results.parquet, table.csv and plane.png.
 
-Exit status: 0 done, 1 a run failed, 2 not understood and nothing run, 130 interrupted.
+Exit status: 0 done, 1 a run failed or the disk was full, 2 not understood or not to be written, and nothing run, 130
+interrupted.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-from cdpo_utils import guard, record, run
+from cdpo_utils import files, guard, record, run
 
 FIELDS = {"only", "setting", "parameters", "grid"}
 MEASURED = ["reward", "cost", "violation", "kl_ref", "gap"]
@@ -64,8 +65,9 @@ def plan(values, notebooks):
     chosen = run.select(notebooks, values["only"], values["setting"])
     names, lists = list(values["grid"]), values["grid"].values()
     points = [dict(zip(names, point, strict=True)) for point in itertools.product(*lists)]
-    # the source says more than the commit, and a cluster's nodes differ in cores
-    versions = {name: value for name, value in record.versions().items() if name not in ("commit", "cores", "threads")}
+    # the source says more than the commit, and a cluster's nodes differ
+    left_out = ("commit", *record.MACHINE)
+    versions = {name: value for name, value in record.versions().items() if name not in left_out}
     common = [record.source_hash(), versions, [path.read_text(encoding="utf-8") for path, _ in chosen]]
     planned = []
     for point in points:
@@ -156,7 +158,7 @@ def on_slurm(folder, partition, cpus, hours=12, cluster="slurm"):
         if job is None or job.done():
             job = executor.submit(function, *arguments)
             number.parent.mkdir(exist_ok=True)
-            number.write_text(job.job_id)
+            files.write_whole(number, job.job_id)
         try:
             return job.result()
         except Exception as error:  # killed, out of time, its node lost: one line in the manifest
@@ -172,7 +174,7 @@ def attempt(values, digest, point, folder, notebooks, threads, tries=2):
     place = folder / digest
     place.mkdir(exist_ok=True)
     given = place / "parameters.yaml"
-    given.write_text(json.dumps(run.absolute(values["parameters"] | point)), encoding="utf-8")  # JSON is YAML
+    files.write_whole(given, json.dumps(run.absolute(values["parameters"] | point)))  # JSON is YAML
     command = [sys.executable, "-c", IN_A_PROCESS, str(notebooks), "--setting", values["setting"]]
     command += ["--params", str(given), "--out", str(place), "--no-report"]
     command += ["--only", *values["only"]] if values["only"] else []
@@ -251,18 +253,29 @@ def main(argv=None, notebooks=None):
         for digest, point in planned:
             print(f"{digest}  {'done' if summary_of(folder, digest) else 'to run'}  {point}")
         return 0
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        call = on_slurm(folder, args.slurm, args.cpus) if args.slurm else None
-        jobs = len(planned) if args.slurm else args.jobs
-        threads = args.cpus if args.slurm else max(1, (os.cpu_count() or 1) // jobs)
-        failed = [] if args.collect else sweep(values, planned, folder, notebooks, jobs, threads, call)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        run.complain(guard.disk(error))
+        return 2
+    try:
+        with contextlib.nullcontext() if args.collect else run.alone(folder / "manifest.jsonl"):
+            call = on_slurm(folder, args.slurm, args.cpus) if args.slurm else None
+            jobs = len(planned) if args.slurm else args.jobs
+            threads = args.cpus if args.slurm else max(1, (os.cpu_count() or 1) // jobs)
+            failed = [] if args.collect else sweep(values, planned, folder, notebooks, jobs, threads, call)
+            write_results(collect(planned, folder), folder)
+    except run.NotUnderstood as error:
+        run.complain(error)
+        return 2
+    except OSError as error:
+        run.complain(f"{guard.disk(error)}; the same command goes on")
+        return 1
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on\nsee {folder}", file=sys.stderr, flush=True)
         if args.slurm:
             os._exit(130)  # threads that wait for jobs would keep the interpreter for hours
         return 130
-    write_results(collect(planned, folder), folder)
     for entry in failed:
         print(f"failed: {entry['point']}: {entry['error']}; see {folder / entry['run'] / 'log.txt'}", file=sys.stderr)
     return 1 if failed else 0
@@ -278,13 +291,13 @@ def write_results(rows, folder):
     lists = rows.map(lambda value: isinstance(value, list)).any(axis=1)
     if lists.any():
         print(f"{lists.sum()} rows with several constraints are left out of the table and the figure")
-    rows.map(lambda v: json.dumps(v) if isinstance(v, list) else v).to_parquet(folder / "results.parquet")
+    parquet = rows.map(lambda v: json.dumps(v) if isinstance(v, list) else v).to_parquet()
+    files.write_whole(folder / "results.parquet", parquet)
     table = over_seeds(rows[~lists])
     guard.write_csv(table, folder / "table.csv")
     figure, ax = plots.plt.subplots(figsize=(7, 4.5))
     plots.sweep_plane(ax, table[table.split == table.split.iloc[-1]])
-    figure.savefig(folder / "plane.png", bbox_inches="tight")
-    plots.plt.close(figure)
+    plots.save(figure, folder / "plane")
     print(f"\n{table.round(3).to_string(index=False)}\n\n{folder / 'results.parquet'}")
 
 

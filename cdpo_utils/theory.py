@@ -8,6 +8,7 @@ primal-dual DPO (arXiv:2510.05703), `model_gap` what a class of models adds (arX
 """
 
 import argparse
+import io
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 
-from cdpo_utils import bench, dual, evaluate, exact, guard
+from cdpo_utils import bench, dual, evaluate, exact, files, guard
 
 # A world small enough to differentiate through all of its answers: 27 training prompts, 96 answers.
 SIZES = dict(n_tasks=3, n_objects=4, n_situations=3, n_tools=4, n_manners=3, n_protections=4, n_closings=2)
@@ -321,19 +322,22 @@ def draw_figures(found, out):
         fig, axes = plt.subplots(*shape, figsize=size, sharey=share)
         draw(axes)
         fig.tight_layout()
-        fig.savefig(out / f"{name}.png")
+        picture = io.BytesIO()
+        fig.savefig(picture, format="png")
+        files.write_whole(out / f"{name}.png", picture.getvalue())
         plt.close(fig)
     for name, frame in found.items():
         guard.write_csv(frame, out / f"{name}.csv")
 
 
+@guard.told
 def main(argv=None, size=FULL):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.theory", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("build/theory"), help="folder of the CSV and PNG files")
     out = parser.parse_args(argv).out
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        files.writable(out)
     except OSError as error:
         print(f"--out {out}: {error.strerror}; expected a folder that can be written", file=sys.stderr)
         return 2

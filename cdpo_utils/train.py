@@ -11,7 +11,7 @@ The dual loop is kept in `out`/checkpoints after each round: with --resume, a tr
 last one. `report_to: tensorboard` writes the trainers' logs, and the loop's multiplier, cost and violation, into
 `out`/tensorboard; `trackio` and the others that transformers knows are passed on, where they are installed.
 
-Exit status: 0 done, 2 not understood and nothing trained.
+Exit status: 0 done, 1 the disk was full, 2 not understood or not to be written, and nothing trained.
 """
 
 import argparse
@@ -21,14 +21,16 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 from transformers.integrations import get_available_reporting_integrations
 
-from cdpo_utils import ranks, record, run
+from cdpo_utils import files, guard, ranks, record, run
 
 # Of accelerate's FSDP: fully_shard; every rank has read all weights; they stay on the GPU.
 FSDP = {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_OFFLOAD_PARAMS": "false"}
@@ -82,22 +84,50 @@ def read_config(file):
     return Config(**values)
 
 
-def train(config):
-    """Train `config.method`: {"methods": its rows, "rounds": ...}. With several processes, all of them call this."""
-    from cdpo_utils import labs, scoring, suite  # TRL takes seconds to load: not for a mistyped field
+def check(config):
+    """Raise run.NotUnderstood, in one line, for fields that do not go together."""
+    from cdpo_utils import suite
 
     if config.report_to not in ("none", *(found := get_available_reporting_integrations())):
         raise run.NotUnderstood(f"report_to {config.report_to}: not installed; expected none, {', '.join(found)}")
     if config.shards < ranks.world():
         raise run.NotUnderstood(f"shards {config.shards}; expected at least {ranks.world()}, one a process")
+    if not config.model:
+        known = {(method, feedback) for method, feedback in suite.RUNS}
+        if (config.method, config.feedback) not in known:
+            pairs = ", ".join(f"{m} with {f}" for m, f in sorted(known))
+            raise run.NotUnderstood(f"method {config.method} with feedback {config.feedback}; there are {pairs}")
+        if 64 % ranks.world():  # every batch of the bench is of 64 or 128 pairs
+            raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of 64; expected a power of 2")
+        return
+    if config.feedback != "learned":
+        raise run.NotUnderstood(f"feedback {config.feedback}: the truth about {config.model} is unknown; say learned")
+    if config.method not in suite.NOTEBOOKS:
+        raise run.NotUnderstood(f"method {config.method}; expected one of {', '.join(suite.NOTEBOOKS)}")
+    if config.vllm and ranks.world() > 1:
+        raise run.NotUnderstood(f"vllm: true with {ranks.world()} processes; expected one")
+    for name in ("n_prompts", "samples", "reference_samples"):
+        if getattr(config, name) < 2:
+            raise run.NotUnderstood(f"{name} {getattr(config, name)}; expected at least 2")
+    if (size := optimiser(config)["batch_size"]) % ranks.world():
+        raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {size}")
+
+
+def optimiser(config):
+    """The settings of a pretrained model's optimiser, as far as `config` has none of its own."""
+    from cdpo_utils import real
+
+    return real.OPTIMISER | {name: value for name in ("batch_size", "lr") if (value := getattr(config, name))}
+
+
+def train(config):
+    """Train `config.method`: {"methods": its rows, "rounds": ...}, of a configuration that `check` lets pass.
+
+    With several processes, all of them call this."""
+    from cdpo_utils import labs, scoring, suite  # TRL takes seconds to load: not for a mistyped field
+
     if config.model:
         return train_pretrained(config)
-    known = {(method, feedback) for method, feedback in suite.RUNS}
-    if (config.method, config.feedback) not in known:
-        pairs = ", ".join(f"{m} with {f}" for m, f in sorted(known))
-        raise run.NotUnderstood(f"method {config.method} with feedback {config.feedback}; there are {pairs}")
-    if 64 % ranks.world():  # every batch of the bench is of 64 or 128 pairs
-        raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of 64; expected a power of 2")
     settings = dataclasses.asdict(config)
     made, truths = suite.opened(settings)
     try:
@@ -115,20 +145,9 @@ def train(config):
 
 def train_pretrained(config):
     """The same for a pretrained model, judged beside its reference by sampled answers."""
-    from cdpo_utils import algorithms, data, labs, real, suite
+    from cdpo_utils import algorithms, data, labs, suite
 
-    if config.feedback != "learned":
-        raise run.NotUnderstood(f"feedback {config.feedback}: the truth about {config.model} is unknown; say learned")
-    if config.method not in suite.NOTEBOOKS:
-        raise run.NotUnderstood(f"method {config.method}; expected one of {', '.join(suite.NOTEBOOKS)}")
-    for name in ("n_prompts", "samples", "reference_samples"):
-        if getattr(config, name) < 2:
-            raise run.NotUnderstood(f"{name} {getattr(config, name)}; expected at least 2")
-    if config.vllm and ranks.world() > 1:
-        raise run.NotUnderstood(f"vllm: true with {ranks.world()} processes; expected one")
-    own = real.OPTIMISER | {name: value for name in ("batch_size", "lr") if (value := getattr(config, name))}
-    if own["batch_size"] % ranks.world():
-        raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {own['batch_size']}")
+    own = optimiser(config)
     names = ("seed", "n_pairs", "model", "data_file", "helpful_file", "safety_file", "published_reward",
              "published_cost", "n_prompts", "max_new_tokens", "max_length", "vllm")  # fmt: skip
     try:
@@ -147,7 +166,7 @@ def train_pretrained(config):
     )  # fmt: skip
     weights, descent, seconds = trained[config.method]
     if ranks.rank() == 0:
-        made.lab.model.save_pretrained(Path(config.out) / config.method)
+        save_whole(made.lab.model, Path(config.out) / config.method)
     rows, intervals, tests = made.judge(
         {"reference": None, config.method: weights}, feedback, budget, suite.NOTEBOOKS[config.method],
         config.samples, {config.method: seconds}, {config.method: descent} if descent else {},
@@ -167,6 +186,43 @@ def check_sharding(kind):
             raise run.NotUnderstood(f"{name.lower()}: {found}; expected {expected}, as in configs/fsdp_gpu.yaml")
 
 
+def save_whole(model, folder):
+    """`save_pretrained` into `folder`, which has all of it or what it had before. Raises OSError, which names it."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", suffix=".part") as part:
+        try:
+            model.save_pretrained(Path(part) / "model")
+        except SafetensorError as error:  # by which safetensors says that a disk is full
+            raise OSError(f"{folder}: {error}") from None
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(Path(part) / "model", folder)
+
+
+@contextlib.contextmanager
+def writing(config):
+    """What `config` will write for this process alone; NotUnderstood, before anything is trained, where it cannot be.
+
+    The file that is held stays behind, empty."""
+    try:
+        files.writable(Path(config.out))
+    except OSError as error:
+        raise run.NotUnderstood(guard.disk(error)) from None
+    with run.alone(Path(config.out) / f"{config.method}.lock"):
+        yield
+
+
+def write(config, trained):
+    """`out`/<method>.json, and its rows in words."""
+    result = {"config": dataclasses.asdict(config), "processes": ranks.world(), "versions": record.versions()}
+    text = json.dumps(result | trained, indent=1, allow_nan=False)
+    files.write_whole(Path(config.out) / f"{config.method}.json", text + "\n")
+    shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)  # they have done their work
+    for row in trained["methods"]:
+        gap = "unknown" if row["gap"] is None else f"{row['gap']:.2f} %"
+        print(f"{row['method']} {row['split']}: gap {gap}, reward {row['reward']:.3f}, "
+              f"violation {row['violation']:+.4f}")  # fmt: skip
+
+
+@guard.told
 def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.train", description="Train one method.")
@@ -176,53 +232,25 @@ def main(argv=None):
     try:
         config = read_config(given.config)
         state = PartialState(cpu=not torch.cuda.is_available())  # joins the other processes, where there are any
+        check(config)
         if ranks.sharded():
             check_sharding(state.distributed_type)
             if given.resume:
                 raise run.NotUnderstood("--resume: under FSDP no round is kept; expected a new training, or DDP")
-        with first_alone(Path(config.out)):
+        with writing(config) if ranks.rank() == 0 else contextlib.nullcontext():
             if ranks.rank() == 0 and not given.resume:
                 shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
             state.wait_for_everyone()
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.out) / "tensorboard"))
             trained = train(config)
             if ranks.rank() == 0:
-                keep(config, trained)
+                write(config, trained)
     except run.NotUnderstood as error:
         print(error, file=sys.stderr)
         return 2
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0
-
-
-@contextlib.contextmanager
-def first_alone(out):
-    """Hold `out` for this training, by its first process; run.NotUnderstood where another one has it."""
-    if ranks.rank():
-        yield
-        return
-    made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with run.alone(out):
-            yield
-    finally:
-        with contextlib.suppress(OSError):
-            if made:
-                out.rmdir()  # nothing was trained
-
-
-def keep(config, trained):
-    """Write the result; the loop's files have done their work."""
-    result = {"config": dataclasses.asdict(config), "processes": ranks.world(), "versions": record.versions()}
-    text = json.dumps(result | trained, indent=1, allow_nan=False)
-    record.write_whole(Path(config.out) / f"{config.method}.json", text + "\n")
-    shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
-    for row in trained["methods"]:
-        gap = "unknown" if row["gap"] is None else f"{row['gap']:.2f} %"
-        print(f"{row['method']} {row['split']}: gap {gap}, reward {row['reward']:.3f}, "
-              f"violation {row['violation']:+.4f}")  # fmt: skip
 
 
 if __name__ == "__main__":

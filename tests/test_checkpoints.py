@@ -1,6 +1,7 @@
 """A dual loop that was killed goes on, and ends with the same bits; what is damaged or another's is not taken up."""
 
 import contextlib
+import errno
 import json
 from dataclasses import replace
 
@@ -218,3 +219,21 @@ def test_moments_go_to_their_own_parameters(lab, pairs):
     assert all(torch.equal(value, kept[name]) for name, value in trainers.moments(other).items())
     with pytest.raises(KeyError):
         trainers.restore_moments(other, {"no.such.weight.step": torch.tensor(1.0)})
+
+
+def test_a_full_disk_leaves_the_round_before(lab, pairs, oracle, learned, monkeypatch, tmp_path, capsys):
+    whole, real = run("dual_descent", lab, pairs, oracle, learned, None), cache.write_checked
+
+    def write(path, body):
+        if path.name == "optimiser-3":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, body)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "write_checked", write)
+        with killed_at(whole[1].steps - 1):  # in the last round
+            run("dual_descent", lab, pairs, oracle, learned, tmp_path)
+    said = capsys.readouterr().err
+    assert "round 3 is not kept: " in said and "No space left on device" in said and said.count("\n") == 1
+    same(run("dual_descent", lab, pairs, oracle, learned, tmp_path), whole)
+    assert "goes on after round 2" in capsys.readouterr().out

@@ -110,7 +110,12 @@ def test_a_record_that_is_not_strict_json_leaves_the_last_one(tmp_path, monkeypa
 
 def test_versions_name_what_numbers_depend_on():
     found = record.versions()
-    assert {"torch", "trl", "transformers", "cdpo_utils", "commit", "cores", "threads"} <= set(found)
+    assert {"torch", "trl", "transformers", "numpy", "cdpo_utils", "commit", *record.MACHINE} <= set(found)
+    import torch
+
+    assert found["threads"] == torch.get_num_threads()
+    assert found["instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert found["cpu"] is None or found["cpu"].isprintable()
     assert found["python"] == sys.version.split()[0]
     assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", found["commit"])
 

@@ -1,7 +1,6 @@
 """The runner, on throw-away notebooks of a few lines."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -276,7 +275,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(counted, tmp_p
             process = subprocess.Popen([*counted, "--resume", str(folder), "--no-report"], stdout=subprocess.DEVNULL)
     assert process.wait(120) == 0 and kills >= 2
     methods = [json.loads((run_ / "summary.json").read_text())["methods"] for run_ in (whole, folder)]
-    assert methods[0] == methods[1] and len(methods[0]) == 3 and not (folder / "running").exists()
+    assert methods[0] == methods[1] and len(methods[0]) == 3
     before = (tmp_path / "begun").read_text()
     resume = [*counted, "--resume", str(folder), "--no-report"]
     again = subprocess.run(resume, capture_output=True, text=True, timeout=120)
@@ -293,12 +292,3 @@ def test_what_cannot_be_resumed_is_one_line(series, tmp_path, capsys):
     (tmp_path / "plan.json").write_text('{"code": "anot')
     assert run.main(["--resume", str(tmp_path)], series) == 2
     assert "expected the folder of a run" in capsys.readouterr().err
-
-
-def test_two_processes_do_not_share_a_folder(tmp_path):
-    with run.alone(tmp_path), pytest.raises(run.NotUnderstood, match="is running it"), run.alone(tmp_path):
-        pass
-    (tmp_path / "running").write_text("999999999")  # of a process that is gone
-    with run.alone(tmp_path):
-        assert (tmp_path / "running").read_text() == str(os.getpid())
-    assert not (tmp_path / "running").exists()
