@@ -16,11 +16,55 @@ if (!executablePath || !existsSync(`${folder}/index.html`)) {
 }
 const pages = readdirSync(folder).filter(name => name.endsWith(".html")).sort();
 const faults = new Set(), anchors = new Map(), links = [];
-const seen = {pages: pages.length, links: 0, images: 0, formulas: 0};
+const seen = {pages: pages.length, links: 0, images: 0, formulas: 0, texts: 0, computed: 0};
 const browser = await chromium.launch({executablePath, args: ["--no-sandbox"]});
 
 function which(command) {
   try { return execFileSync("which", [command], {encoding: "utf8"}).trim(); } catch { return null; }
+}
+
+// Contrast of every text, those that axe leaves undecided (cut off by a scrolling box, a single character, over a
+// drawing) by painting what lies under their middle; runs in the browser. Returns {texts, computed, faults}.
+async function contrast() {
+  const {violations, incomplete, passes} = await axe.run({preload: false, elementRef: true, runOnly: {type: "rule", values: ["color-contrast"]}});
+  const nodes = results => results.flatMap(result => result.nodes), faults = [];
+  const paint = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+  const lay = (colour, opacity = 1) => { paint.globalAlpha = opacity; paint.fillStyle = colour; paint.fillRect(0, 0, 1, 1); };
+  const luminance = () => {
+    const [r, g, b] = [...paint.getImageData(0, 0, 1, 1).data].map(v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  for (const {element} of nodes(incomplete)) {
+    element.scrollIntoView({block: "center", inline: "center"});
+    const box = element.getBoundingClientRect(), style = getComputedStyle(element);
+    const stack = document.elementsFromPoint(box.x + box.width / 2, box.y + box.height / 2), at = stack.indexOf(element);
+    const under = at < 0 ? [] : stack.slice(at);
+    if (at < 0) for (let up = element; up; up = up.parentElement) under.push(up);
+    under.push(document.body, document.documentElement);  // whose colours fill the page, wherever their boxes end
+    const unknown = under.find(node => /^(IMG|CANVAS|VIDEO)$/.test(node.tagName) || getComputedStyle(node).backgroundImage !== "none");
+    lay("white");
+    for (const node of under.reverse()) {
+      const {backgroundColor, fill, fillOpacity} = getComputedStyle(node);
+      lay(backgroundColor);
+      if (node instanceof SVGGeometryElement && fill !== "none") lay(fill, Number(fillOpacity));
+    }
+    const back = luminance();
+    lay(element instanceof SVGElement ? style.fill : style.color);
+    const front = luminance(), ratio = (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05);
+    const size = parseFloat(style.fontSize), needed = size >= 24 || (size >= 18.66 && style.fontWeight >= 700) ? 3 : 4.5;
+    if (unknown || ratio < needed) faults.push(`${unknown ? "over an image" : ratio.toFixed(2)} at ${element.outerHTML.slice(0, 120)}`);
+  }
+  for (const node of nodes(violations)) faults.push(`${node.any[0]?.data?.contrastRatio} at ${node.html.slice(0, 120)}`);
+  return {texts: nodes(passes).length + nodes(violations).length + nodes(incomplete).length, computed: nodes(incomplete).length, faults};
+}
+
+// What reaches beyond the right edge of a narrow screen, outside of boxes that scroll; runs in the browser.
+function tooWide() {
+  const edge = document.documentElement.clientWidth, scrolls = node => /auto|scroll/.test(getComputedStyle(node).overflowX);
+  const inside = node => node && node !== document.body && (scrolls(node) || inside(node.parentElement));
+  const wide = [...(document.querySelector("article") ?? document.body).querySelectorAll("*")]
+    .filter(node => node.getBoundingClientRect().right > edge + 0.5 && !inside(node.parentElement) && getComputedStyle(node).visibility !== "hidden");
+  return {page: document.documentElement.scrollWidth - edge, wide: wide.map(node => node.outerHTML.slice(0, 100))};
 }
 
 // What one page holds; runs in the browser.
@@ -61,14 +105,25 @@ for (const name of pages) {
   links.push(...found.links.filter(url => url.startsWith("file:")).map(url => [name, url]));
   seen.images += found.images;
   seen.formulas += found.formulas;
+  await page.evaluate(() => document.querySelectorAll("details").forEach(folded => { folded.open = true; }));
   await page.addScriptTag({path: axe});
   for (const colorScheme of ["light", "dark"]) {
     await page.emulateMedia({colorScheme});
-    const {violations} = await page.evaluate(() => axe.run({preload: false, runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]}));
+    const rules = {preload: false, runOnly: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], rules: {"color-contrast": {enabled: false}}};
+    const {violations} = await page.evaluate(rules => axe.run(rules), rules);
     for (const {id, nodes} of violations) {
       fault(`axe, ${colorScheme}: ${id}, ${nodes.length} times, such as ${nodes[0].html.slice(0, 120)} ${nodes[0].any[0]?.message ?? ""}`);
     }
+    const texts = await page.evaluate(contrast);
+    for (const words of texts.faults) fault(`color-contrast, ${colorScheme}: ${words}`);
+    seen.texts += texts.texts;
+    seen.computed += texts.computed;
   }
+  await page.setViewportSize({width: 390, height: 844});
+  await page.evaluate(() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done))));
+  const {page: sideways, wide} = await page.evaluate(tooWide);
+  if (sideways > 0) fault(`scrolls sideways by ${sideways} px on a screen of 390 px`);
+  if (wide.length) fault(`beyond a screen of 390 px, ${wide.length} times, such as ${wide[0]}`);
   await page.close();
 }
 
@@ -86,5 +141,5 @@ await page.waitForSelector("#search-results li a", {timeout: 20000}).catch(() =>
 await browser.close();
 
 for (const line of faults) console.log(line);
-console.log(`${seen.pages} pages, ${seen.links} internal links, ${seen.images} images, ${seen.formulas} formulas: ${faults.size} faults`);
+console.log(`${seen.pages} pages, ${seen.links} internal links, ${seen.images} images, ${seen.formulas} formulas, ${seen.texts} contrasts (${seen.computed} of them computed here): ${faults.size} faults`);
 process.exit(faults.size ? 1 : 0);

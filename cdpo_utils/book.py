@@ -26,6 +26,7 @@ LAUNCHERS = {  # Binder's file is part of a query, where a slash must not stand 
     "Binder": "https://mybinder.org/v2/gh/{repository}/{tag}?urlpath=lab%2Ftree%2Fnotebooks%2F{name}",
     "Kaggle": "https://www.kaggle.com/kernels/welcome?src=https://github.com/{repository}/blob/{tag}/notebooks/{name}",
 }
+PAGES = {"symbols.md": "README.md", "teaching.md": "../TEACHING.md"}  # as seen from the notebooks
 
 
 class NotReady(Exception):
@@ -38,17 +39,48 @@ def launch_links(name):
     return "Open in " + " · ".join(f"[{where}]({url})" for where, url in links.items())
 
 
-def as_page(notebook, name, names):
-    """An executed notebook as a page of the book, changed in place: launch links under its title, "notebook 04" in its
-    prose a link to that page, solutions folded. `names` are the files of all notebooks."""
-    pages = {other[:2]: other for other in names if other != name}
+def equations(notebook):
+    """The numbers of a notebook's displayed equations, as their \\tag has them."""
+    return {
+        n for cell in notebook.cells if cell.cell_type == "markdown" for n in re.findall(r"\\tag\{(\d+)\}", cell.source)
+    }
+
+
+def to_equations(text, name, numbered):
+    """`text` with each "Eq. (3)", "notebook 04, Eq. (3)" and "Eq. (3) of notebook 04" as an HTML link to that equation,
+    where there is one. numbered: {file of a notebook: `equations`}; `name` is the file that the text is from."""
+
+    def link(match):
+        number = match[1] or match[3]
+        where = next((other for other in numbered if other[:2] == number), None) if number else name
+        if match[2] not in numbered.get(where, ()):
+            return match[0]
+        page = "" if where == name else where.replace(".ipynb", ".html")
+        return f'<a href="{page}#eq-{match[2]}">{match[0]}</a>'
+
+    return re.sub(r"(?:\b[Nn]otebook ([0-9]{2}), )?\bEq\. \((\d+)\)(?: of notebook ([0-9]{2}))?", link, text)
+
+
+def comments_to_equations(page, name, numbered):
+    """An HTML page with the same links in the comments of its code."""
+    return re.sub(r'(?<=<span class="c1">)[^<]*', lambda match: to_equations(match[0], name, numbered), page)
+
+
+def as_page(notebook, name, numbered):
+    """An executed notebook as a page of the book, changed in place: launch links under its title; "notebook 04" and
+    "Eq. (3)" in its prose links to that page and equation; solutions folded. For `numbered` see `to_equations`."""
+    pages = {other[:2]: other for other in numbered if other != name}
 
     def link(match):
         return f"[{match[0]}]({pages[match[1]]})" if match[1] in pages else match[0]
 
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            cell.source = re.sub(r"(?<![\[`])\b[Nn]otebook ([0-9]{2})\b(?![\]`])", link, cell.source)
+            parts = re.split(r"(^```.*?^```)", cell.source, flags=re.MULTILINE | re.DOTALL)  # every second one is code
+            for k in range(0, len(parts), 2):
+                prose = to_equations(parts[k], name, numbered)
+                parts[k] = re.sub(r"(?<![\[`>])\b[Nn]otebook ([0-9]{2})\b(?![\]`]|</a>)", link, prose)
+            cell.source = "".join(parts)
         tags = cell.metadata.get("tags", [])
         if "solution" in tags:
             cell.metadata.tags = [*tags, "hide-cell"]
@@ -69,17 +101,22 @@ def gather(run, folder, book, notebooks):
         raise NotReady(
             f"no MathJax in {book}: npm install --prefix {book} fetches it (Node.js is needed for that alone)"
         )
-    where = run.resolve()
-    for name in names:
+    where, executed = run.resolve(), {}
+    for name in names:  # with no path of this machine
         text = (run / name).read_text(encoding="utf-8").replace(json.dumps(str(where))[1:-1], f"runs/{where.name}")
-        nbformat.write(
-            as_page(nbformat.reads(text, as_version=4), name, names), folder / name
-        )  # no path of this machine
+        executed[name] = nbformat.reads(text, as_version=4)
+    numbered = {name: equations(notebook) for name, notebook in executed.items()}
+    for name, notebook in executed.items():
+        nbformat.write(as_page(notebook, name, numbered), folder / name)
     (folder / "_static").mkdir()
     for file in mathjax, book / "book.css", book / "book.js":
         shutil.copy(file, folder / "_static")
     shutil.copy(book / "conf.py", folder)
-    shutil.copy(notebooks / "README.md", folder / "symbols.md")
+    for page, file in PAGES.items():
+        text = (notebooks / file).read_text(encoding="utf-8")
+        for other, target in PAGES.items():
+            text = text.replace(f"]({target})", f"]({other})").replace(f"](notebooks/{target})", f"]({other})")
+        (folder / page).write_text(text, encoding="utf-8")
     titles = {name: report.title(run / name) for name in names}
     words = {
         "notebooks": "\n".join(f"* [{title}]({name})" for name, title in titles.items()),

@@ -29,8 +29,11 @@ LACKING = [
 DRAWN = '<img src="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22/%3E" width="9"{alt}>'
 
 
+NUMBERED = {name: {"1", "2"} for name in NAMES}
+
+
 def page(*cells):
-    return book.as_page(v4.new_notebook(cells=list(cells)), NAMES[2], NAMES).cells
+    return book.as_page(v4.new_notebook(cells=list(cells)), NAMES[2], NUMBERED).cells
 
 
 def test_links_stand_under_the_title_at_the_tag():
@@ -47,6 +50,34 @@ def test_the_prose_leads_to_other_notebooks_and_only_the_prose():
     _, cell, code = page(v4.new_markdown_cell("# T"), v4.new_markdown_cell(said), v4.new_code_cell("# notebook 05"))
     assert cell.source == said.replace("notebook 05", f"[notebook 05]({NAMES[5]})")
     assert code.source == "# notebook 05"
+
+
+def test_a_mention_of_an_equation_leads_to_it_where_there_is_one():
+    said = "See Eq. (2), Eq. (7), notebook 05, Eq. (1), Eq. (1) of notebook 04, notebook 99, Eq. (1), Eq. 5 and `f`."
+    fence = "```python\nf()  # Eq. (1), notebook 04\n```"
+    _, cell = page(v4.new_markdown_cell("# T"), v4.new_markdown_cell(f"{said}\n\n{fence}"))
+    five, four = (NAMES[k].replace("ipynb", "html") for k in (5, 4))
+    for text, target in (("Eq. (2)", "#eq-2"), ("notebook 05, Eq. (1)", f"{five}#eq-1"),
+                         ("Eq. (1) of notebook 04", f"{four}#eq-1")):  # fmt: skip
+        said = said.replace(text, f'<a href="{target}">{text}</a>')
+    assert cell.source == f"{said}\n\n{fence}"
+
+
+def test_a_comment_leads_to_its_equation_and_a_text_does_not():
+    html = '<span class="s2">"Eq. (1)"</span><span class="c1"># Eq. (1); Eq. (3)</span>Eq. (2)'
+    expected = html.replace("# Eq. (1)", '# <a href="#eq-1">Eq. (1)</a>')
+    assert book.comments_to_equations(html, NAMES[2], NUMBERED) == expected
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_equation_that_is_mentioned_is_there_once(path):
+    notebook = nbformat.read(path, as_version=4)
+    tags = re.findall(r"\\tag\{(\d+)\}", "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown"))
+    assert len(tags) == len(set(tags)) and set(tags) == book.equations(notebook)
+    numbered = {other.name: book.equations(nbformat.read(other, as_version=4)) for other in NOTEBOOKS}
+    for cell in notebook.cells:
+        said = len(re.findall(r"\bEq\. \(\d+\)", cell.source))
+        assert book.to_equations(cell.source, path.name, numbered).count('<a href="') == said, cell.source
 
 
 def test_solutions_are_folded():
@@ -101,8 +132,10 @@ def test_every_page_in_a_browser(built):
     assert "saved to runs/run/records/x.json" in first, "no path of the machine that ran it"
     done = check(folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    pages, links, images, formulas = map(int, re.findall(r"\d+", done.stdout)[:4])
-    assert pages >= len(NAMES) + 3 and links > 100 and images == 1 and formulas > 200
+    pages, links, images, formulas, contrasts, computed = map(int, re.findall(r"\d+", done.stdout)[:6])
+    assert pages >= len(NAMES) + 4 and links > 150 and images == 1 and formulas > 200 and contrasts > 10 * computed > 0
+    mentioned = [page.read_text().count("#eq-") for page in folder.glob("0*.html")]
+    assert min(mentioned) > 0, "each notebook mentions one of its equations"
 
 
 @pytest.mark.slow
@@ -114,13 +147,18 @@ def test_the_check_sees_faults(built, tmp_path):
     first = few / NAMES[0].replace("ipynb", "html")
     broken = r"<p>$x$</p><div class='math'>\[\nosuchmacro{1}\]</div><script src='https://example.org/x.js'></script>"
     pale = "<p style='color: #eee; background: #fff'>pale</p><a href='#nowhere'>to nothing</a>"
+    pale += (
+        "<b style='color: #eee; background: #fff'>x</b><a href='#eq-99'>Eq. (99)</a>"  # axe decides on no single letter
+    )
+    pale += "<p style='width: 800px'>wide</p>"
     first.write_text(
         first.read_text().replace("</article>", f"{broken}{pale}<script>throw Error('thrown')</script></article>")
     )
     done = check(few)
     assert done.returncode == 1
     for fault in (
-        "image without alternative text", "raw TeX: $x$", "not understood", "asks the network", "color-contrast",
-        f"no such place: {first.name}#nowhere", "script: thrown", "link to nothing",
+        "image without alternative text", "raw TeX: $x$", "not understood", "asks the network", "script: thrown",
+        "color-contrast, light: 1.16 at <p", "color-contrast, dark: 1.16 at <b", "beyond a screen of 390 px",
+        "scrolls sideways by", f"no such place: {first.name}#nowhere", "#eq-99", "link to nothing",
     ):  # fmt: skip
         assert fault in done.stdout, (fault, done.stdout)
