@@ -31,16 +31,12 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 COMMANDS = {"jupyterlab", "nbmake", "ruff", "nbstripout", "sphinx"}  # run, never imported
 BY_SPHINX = {"myst-nb", "furo"}  # loaded there by name
 BY_TRANSFORMERS = {"gguf"}  # imported there, when it is given a GGUF file
-UNPINNED = {"vllm"}  # brings versions of its own, on GPUs: one that agrees with the pins is not to be had
 IMPORTED_AS = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "tensorboardx": "tensorboardX"}
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
 def test_every_dependency_is_pinned_within_its_range(requirement):
     assert requirement.specifier, "a range, however wide"
-    if requirement.name in UNPINNED:
-        assert requirement.name not in PINS
-        return
     assert PINS[canonicalize_name(requirement.name)] in requirement.specifier
 
 
