@@ -34,7 +34,6 @@ from cdpo_utils import (
     policies,
     scoring,
     suite,
-    sweep,
     workers,
 )
 from cdpo_utils.algorithms import Schedule
@@ -285,9 +284,9 @@ def tuned(seed, settings):
 
 def fill(seed, settings):
     """The reference, then the scorers of a world into the cache, so that no two processes train the same one."""
-    sizes = {name: settings[name] for name in ("n_objects", "n_tools")}
-    scoring.require_feasible(suite.opened(settings | {"seed": seed})[1])
-    workers.side_by_side(labs.fill_cache, [(kind, seed, settings["n_pairs"], sizes) for kind in labs.SCORERS])
+    made, truths = suite.opened(settings | {"seed": seed})
+    scoring.require_feasible(truths)
+    made.scorers()
 
 
 def main(argv=None):
@@ -328,12 +327,14 @@ def main(argv=None):
 def table(rows):
     """Rows over seeds: gap in percent and violation in spreads of the cost, mean and half-width of its 95 % interval
     (Student's t), one line per method, knob and steps; the smallest gap first."""
+    from cdpo_utils.sweep import half_width  # with papermill, which takes 3 s to import: workers need none of it
+
     frame = pd.DataFrame(rows).assign(spreads=lambda row: row.violation / row.spread)
     lines = []
     for (method, knob, steps), mine in frame.groupby(["method", "knob", "steps"], sort=False):
         line = {"method": method, "knob": f"{KNOBS[method][0]} {knob:g}", "steps": steps, "seeds": len(mine)}
         for name, column in (("gap", "gap"), ("gap test", "gap_test"), ("violation", "spreads")):
-            line[name], line[f"{name} ±"] = mine[column].mean(), sweep.half_width(mine[column])
+            line[name], line[f"{name} ±"] = mine[column].mean(), half_width(mine[column])
         worst = mine.spreads.abs().max()
         lines.append(
             line | {"worst |violation|": worst, "labels": mine.labels.iloc[0], "answers": mine.answers.iloc[0]}
