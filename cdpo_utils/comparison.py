@@ -1,11 +1,13 @@
 """Every method on the same terms, on the bench: the same labels, the same number of pairs looked at, one knob each.
 
     python -m cdpo_utils.comparison --seeds 0 1 2 --steps 600 --out build/comparison
+    python -m cdpo_utils.comparison --seeds 0 --steps 300 --budgets 1 0 -1
 
 `steps` optimiser steps of 64 pairs are what each policy may be trained for, in all stages and rounds together; a step
 on sampled answers takes two in the place of a pair. The knob of each method has three values, of which the one with the
 smallest gap on a validation world is taken; the test worlds have other rewards, costs and labels. With several numbers
 of steps knobs are chosen at the largest. What a paper recommends for a knob (PAPERS) is run beside the chosen value.
+With --budgets nothing is chosen: knobs are those of TUNED, found at budget 0, at every budget.
 
 Feedback is learned for all: scorers where a method needs them, trained on one pass over all labels, which is more than
 the steps of a method without scorers look at. Each row says how many labels its method has looked at (`labels`), and
@@ -36,7 +38,6 @@ from cdpo_utils import (
     policies,
     scoring,
     suite,
-    sweep,
     workers,
 )
 from cdpo_utils.algorithms import Schedule
@@ -279,17 +280,31 @@ def compare(methods, seeds, settings, steps):
     return tuning, rows, papers, frontiers
 
 
-def tuned(seed, settings):
-    """A row of each method with the knob of TUNED, on the world of `seed`."""
+def tuned(seed, settings, methods=tuple(TUNED)):
+    """A row of each method with the knob of TUNED, on the world of `seed`.
+
+    Raises ValueError where no policy meets the budget there.
+    """
     fill(seed, settings)
-    return workers.side_by_side(run_one, [(method, knob, seed, settings) for method, knob in TUNED.items()])
+    calls = [(method, TUNED[method], seed, settings) for method in methods]
+    # loops, which take longest, come last in TUNED: begun last, one would leave the other process idle
+    return workers.side_by_side(run_one, calls[::-1])[::-1]
+
+
+def by_budget(rows):
+    """Rows of `tuned` at several budgets: violation in spreads of the cost, and gap in percent, of each method by
+    budget, from slack to tight, means over seeds, the smallest mean |violation| first."""
+    frame = pd.DataFrame(rows).assign(violation=lambda row: row.violation / row.spread)
+    wide = frame.pivot_table(index="method", columns="budget", values=["violation", "gap"])
+    wide = wide.sort_index(axis=1, ascending=False)  # violations before gaps, slack before tight
+    return wide.loc[wide["violation"].abs().mean(axis=1).sort_values().index].round(3)
 
 
 def fill(seed, settings):
     """The reference, then the scorers of a world into the cache, so that no two processes train the same one."""
-    sizes = {name: settings[name] for name in ("n_objects", "n_tools")}
-    scoring.require_feasible(suite.opened(settings | {"seed": seed})[1])
-    workers.side_by_side(labs.fill_cache, [(kind, seed, settings["n_pairs"], sizes) for kind in labs.SCORERS])
+    made, truths = suite.opened(settings | {"seed": seed})
+    scoring.require_feasible(truths)
+    made.scorers()
 
 
 @guard.told
@@ -300,7 +315,10 @@ def main(argv=None):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", nargs="+", type=int, default=[600], help="of 64 pairs, for each method in all")
     parser.add_argument("--beta", type=float, default=1.0)
-    parser.add_argument("--budget", type=float, default=0.0)
+    parser.add_argument("--budget", type=float, default=0.0, help="mean cost allowed, in logits")
+    parser.add_argument(
+        "--budgets", nargs="+", type=float, help="only this: methods as TUNED, at each of these budgets"
+    )
     parser.add_argument("--n-pairs", type=int, default=120_000)
     parser.add_argument("--n-objects", type=int, default=8)
     parser.add_argument("--n-tools", type=int, default=8)
@@ -315,6 +333,13 @@ def main(argv=None):
         print(guard.disk(error), file=sys.stderr)
         return 2
     try:
+        if given.budgets:
+            asked = [settings | {"budget": d, "steps": max(given.steps)} for d in given.budgets]
+            rows = [row for one in asked for seed in given.seeds for row in tuned(seed, one, given.methods)]
+            result = {"settings": settings, "knobs": TUNED, "seconds": time.time() - started, "rows": rows}
+            files.write_whole(given.out / "budgets.json", json.dumps(result, indent=1) + "\n")
+            print(f"{by_budget(rows).to_string()}\n{time.time() - started:.0f} s; {given.out / 'budgets.json'}")
+            return 0
         tuning, rows, papers, frontiers = compare(given.methods, given.seeds, settings, given.steps)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -335,12 +360,14 @@ def main(argv=None):
 def table(rows):
     """Rows over seeds: gap in percent and violation in spreads of the cost, mean and half-width of its 95 % interval
     (Student's t), one line per method, knob and steps; the smallest gap first."""
+    from cdpo_utils.sweep import half_width  # with papermill, which takes 3 s to import: workers need none of it
+
     frame = pd.DataFrame(rows).assign(spreads=lambda row: row.violation / row.spread)
     lines = []
     for (method, knob, steps), mine in frame.groupby(["method", "knob", "steps"], sort=False):
         line = {"method": method, "knob": f"{KNOBS[method][0]} {knob:g}", "steps": steps, "seeds": len(mine)}
         for name, column in (("gap", "gap"), ("gap test", "gap_test"), ("violation", "spreads")):
-            line[name], line[f"{name} ±"] = mine[column].mean(), sweep.half_width(mine[column])
+            line[name], line[f"{name} ±"] = mine[column].mean(), half_width(mine[column])
         worst = mine.spreads.abs().max()
         lines.append(
             line | {"worst |violation|": worst, "labels": mine.labels.iloc[0], "answers": mine.answers.iloc[0]}

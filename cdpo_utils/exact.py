@@ -36,9 +36,15 @@ def as_costs(costs):
     return costs[..., None] if costs.ndim == 2 else costs
 
 
+def log_sum(logits):
+    """log of the sum over answers of exp(logits), (P, A) to (P, 1)."""
+    peak = logits.max(-1, keepdims=True)
+    return peak + np.log(np.exp(logits - peak).sum(-1, keepdims=True))
+
+
 def normalise(logps):
     """Log-probabilities whose rows sum to one."""
-    return logps - np.logaddexp.reduce(logps, axis=-1, keepdims=True)
+    return logps - log_sum(logps)
 
 
 def expectation(logps, values):
@@ -71,8 +77,9 @@ def objective(logps, ref_logps, reward, beta):
 def dual(lam, ref_logps, reward, costs, budget, beta):
     """D(lam), its gradient d - C(pi_lam) (m,) and its Hessian E_x Cov_{pi_lam}(c) / beta (m, m)."""
     costs, lam, budget = as_costs(costs), np.atleast_1d(np.asarray(lam, float)), np.atleast_1d(budget)
-    log_z = np.logaddexp.reduce(ref_logps + lagrangian_score(reward, costs, lam) / beta, axis=1)
-    p = np.exp(gibbs(ref_logps, lagrangian_score(reward, costs, lam), beta))
+    tilted = ref_logps + lagrangian_score(reward, costs, lam) / beta
+    log_z = log_sum(tilted)
+    p = np.exp(tilted - log_z)
     mean = np.einsum("pa,pai->pi", p, costs)
     second = np.einsum("pa,pai,paj->ij", p, costs, costs) / len(p)
     hessian = (second - mean.T @ mean / len(p)) / beta

@@ -15,7 +15,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
-from cdpo_utils import bench, dual, evaluate, exact, policies, theory, workers
+from cdpo_utils import bench, dual, evaluate, exact, policies, record, theory, workers
+from cdpo_utils.cache import cached_weights
 from cdpo_utils.logprobs import build_trie, trie_logps
 
 CHUNK = 24  # answers in one trie: few prompts are read twice, few nodes attend to strangers
@@ -34,7 +35,7 @@ class Lab:
 
 
 def open_lab(seed, beta, budget, steps, width=64):
-    """The world of `seed` with a reference of `width` fitted to its demonstrations by `steps` of L-BFGS."""
+    """The world of `seed` with a reference of `width` fitted to its demonstrations by `steps` of L-BFGS (cached)."""
     world = bench.make_world(seed, **theory.SIZES)
     tokenizer = policies.word_tokenizer(world.prompts + world.answers)
     prompt_ids = policies.encode_prompts(tokenizer, [world.prompts[i] for i in world.train])
@@ -42,7 +43,8 @@ def open_lab(seed, beta, budget, steps, width=64):
     order = sorted(range(len(answer_ids)), key=lambda j: answer_ids[j])
     tries = [build_trie([answer_ids[j] for j in order[k : k + CHUNK]]) for k in range(0, len(order), CHUNK)]
     lab = Lab(tokenizer, prompt_ids, tries, np.argsort(order), llama(tokenizer, seed, width), None)
-    fit(lab, lab.reference, world.demo[world.train], steps)
+    settings = {"seed": seed, "steps": steps, "width": width, "source": record.source_hash(), **theory.SIZES}
+    cached_weights("table_reference", settings, lab.reference, lambda m: fit(lab, m, world.demo[world.train], steps))
     lab.truth = evaluate.truth(world, lab.reference, tokenizer, "train", beta, budget)
     return lab
 
@@ -199,9 +201,11 @@ _lab = functools.cache(open_lab)
 
 def by_size(world, beta, budget, classes, fit_steps, steps, rounds):
     """`measure` of each (kind, size, seed) in `classes`, two processes at a time, as a DataFrame in their order. The
-    reference is fitted with `fit_steps`, too."""
+    reference is fitted with `fit_steps`, too, before they begin."""
+    _lab(world, beta, budget, fit_steps)
     calls = [(world, beta, budget, fit_steps, *member, fit_steps, steps, rounds) for member in classes]
-    return pd.DataFrame(workers.side_by_side(measure_one, calls))
+    # the last ones, large models and adapters, take longest: begun last, one would leave the other process idle
+    return pd.DataFrame(workers.side_by_side(measure_one, calls[::-1])[::-1])
 
 
 def optimality(table):

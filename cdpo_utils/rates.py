@@ -10,7 +10,6 @@ hence minimised by pi_r exp(-lam c_hat / beta) with the maximum-likelihood c_hat
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
-from scipy.sparse import csr_matrix
 
 from cdpo_utils import bench, dual, exact, theory
 
@@ -70,16 +69,18 @@ def bradley_terry(active, size, pairs, ridge=RIDGE):
     """The theta (size,) that minimises sum of -log sigmoid(phi(winner) . theta - phi(loser) . theta) over the pairs,
     plus ridge |theta|^2 / 2, by Newton's method. Raises RuntimeError where it does not settle."""
     x, winner, loser, counts = pairs
-    columns = np.concatenate([active[x, winner], active[x, loser]], 1)
-    signs = np.repeat([1.0, -1.0], active.shape[-1])
-    rows = np.repeat(np.arange(len(x)), columns.shape[1])
-    design = csr_matrix((np.tile(signs, len(x)), (rows, columns.ravel())), (len(x), size))
-    theta = np.zeros(size)
+    prompts, answers = active.shape[:2]
+    phi, theta = np.eye(size)[active].sum(2), np.zeros(size)
+    pulled, coupled = np.zeros((2, prompts, answers, answers))  # by prompt, winner and loser: so many pairs are alike
     for _ in range(50):
-        p = bench.sigmoid(-(design @ theta))  # chance that the loser should have won
-        gradient = ridge * theta - design.T @ (counts * p)
-        hessian = (design.T @ design.multiply((counts * p * (1 - p))[:, None])).toarray() + ridge * np.eye(size)
-        step = np.linalg.solve(hessian, gradient)
+        score = scores(active, theta)
+        p = bench.sigmoid(score[x, loser] - score[x, winner])  # chance that the loser should have won
+        pulled[x, winner, loser], coupled[x, winner, loser] = counts * p, counts * p * (1 - p)
+        gradient = ridge * theta - np.tensordot(pulled.sum(2) - pulled.sum(1), phi, 2)
+        own = coupled.sum(2) + coupled.sum(1)
+        # sum over pairs of their weight times (phi_w - phi_l) (phi_w - phi_l)^T
+        spread = own[..., None] * phi - (coupled + coupled.transpose(0, 2, 1)) @ phi
+        step = np.linalg.solve(np.tensordot(phi, spread, ([0, 1], [0, 1])) + ridge * np.eye(size), gradient)
         theta = theta - step
         if np.abs(step).max() < 1e-9:
             return theta

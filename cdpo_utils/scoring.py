@@ -205,7 +205,7 @@ def short_cost_models(made, steps, seeds, signs, batch_size=64, lr=3e-3):
     """Short cost models of the bench, one per seed: trained on pairs and signs, or on the pairs alone."""
     from cdpo_utils import trainers  # loads TRL, which judging does without
 
-    pairs, models = made.costs, []
+    pairs, models = made.costs.head(steps * batch_size), []  # more would be tokenised for nothing
     for seed in seeds:
         model = policies.small_scorer(made.lab.tokenizer, seed, width=32)
         trainers.train_scores(

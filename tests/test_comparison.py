@@ -104,6 +104,30 @@ def test_the_table_over_seeds_by_hand():
     assert line["violation"] == -0.5 and line["worst |violation|"] == 2.0 and line["knob"] == "lam 0.6"
 
 
+def test_every_method_at_every_budget_with_the_knobs_of_budget_zero(monkeypatch, tmp_path, capsys):
+    asked, filled = [], []
+
+    def run_one(method, knob, seed, settings):
+        asked.append((method, knob, seed, settings["budget"], settings["steps"]))
+        size = {"sacpo": 0.5, "c_dpo": 0.25}[method] * (settings["budget"] - 0.5)
+        return dict(method=method, knob=knob, seed=seed, budget=settings["budget"], violation=2 * size, spread=2.0,
+                    gap=10 * abs(size))  # fmt: skip
+
+    monkeypatch.setattr(comparison, "fill", lambda seed, settings: filled.append((seed, settings["budget"])))
+    monkeypatch.setattr(comparison.workers, "side_by_side", lambda function, calls: [run_one(*call) for call in calls])
+    command = ["--methods", "sacpo", "c_dpo", "--budgets", "-1", "1", "--seeds", "0", "3", "--steps", "8"]
+    assert comparison.main([*command, "--out", str(tmp_path)]) == 0
+    assert filled == [(0, -1.0), (3, -1.0), (0, 1.0), (3, 1.0)], "a budget that no policy meets is refused at once"
+    knobs = {name: comparison.TUNED[name] for name in ("sacpo", "c_dpo")}
+    assert sorted(asked) == sorted((m, k, s, d, 8) for m, k in knobs.items() for s in (0, 3) for d in (-1.0, 1.0))
+    rows = json.loads((tmp_path / "budgets.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["sacpo", "c_dpo"] * 4, "in the order asked for"
+    table = comparison.by_budget(rows)
+    assert list(table.columns) == [("violation", 1.0), ("violation", -1.0), ("gap", 1.0), ("gap", -1.0)]
+    assert list(table.index) == ["c_dpo", "sacpo"] and list(table.loc["sacpo"]) == [0.25, -0.75, 2.5, 7.5]
+    assert "budgets.json" in capsys.readouterr().out
+
+
 def test_swing_is_of_the_second_half():
     assert comparison.swing([[0.25, 9.0, 0], [0.5, 9.0, 0], [0.75, 1.0, 0], [1.0, 3.0, 0]]) == 1.0
 
