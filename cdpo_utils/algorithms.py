@@ -352,7 +352,7 @@ def _descend(lab, policy, chain, maximise, feedback, budget, beta, schedule, sam
     def watched(rounds):
         if ranks.rank() == 0:
             line.watch(rounds)
-        if schedule.report_to != "none" and line.own_steps:
+        if schedule.report_to != "none" and ranks.rank() == 0 and not (store and store.replays):
             now = {name: rounds[-1][name] for name in ("lam", "cost", "violation")}
             chain[0].log({f"dual/{name}_{i}": v for name, values in now.items() for i, v in enumerate(values)})
         if watch is not None:
@@ -364,9 +364,12 @@ def _descend(lab, policy, chain, maximise, feedback, budget, beta, schedule, sam
         settings = state | {
             "schedule": asdict(schedule), "beta": beta, "budget": budget, "lam": lam, "loop": loop | {"k": max_rounds},
             "samples": [samples, labels], "feedback": feedback.kind, "prompts": lab.prompts,
-            "random": [generator.bit_generator.state for generator in drawing],
+            "random": [generator.bit_generator.state for generator in drawing], "beside": list(feedback.beside),
+            "lab": [lab.max_length, lab.max_new_tokens, lab.sample_rows, lab.shards],
+            "sampler": lab.sampler and lab.sampler.__module__,
         }  # fmt: skip
-        folder = checkpoints.folder_of(lab.checkpoints, settings, policy, [trainer.train_dataset for trainer in chain])
+        rows = [trainer.train_dataset for trainer in chain]
+        folder = ranks.of_first(checkpoints.folder_of(lab.checkpoints, settings, policy, rows))
         store = checkpoints.Store(folder, policy, chain, drawing, feedback.known, ends)
     loop |= {"max_rounds": max_rounds, "watch": watched, "store": store}
     descent = dual.descend(maximise, measure, lam, budget, beta, **loop)

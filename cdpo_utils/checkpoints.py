@@ -20,17 +20,6 @@ from safetensors.torch import load, save
 
 from cdpo_utils import cache, guard, policies, ranks, record, trainers
 
-VERSIONS = (
-    "python",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "threads",
-    "cpu",
-    "instructions",
-)  # of `record.versions`: what bits depend on
-
 
 @dataclass
 class Store:
@@ -45,6 +34,7 @@ class Store:
     generators: list  # numpy's, in an order that does not change
     known: tuple = ()  # dicts (prompt, answer) -> score, see `algorithms.Feedback`
     ends: list = field(default_factory=list)  # weights that each link ended with, or None
+    replays: bool = False  # while `load` shows the rounds that it has found
 
     def save(self, lam, rounds, end):
         """Keep the state after round len(rounds); `lam` is the next one's multiplier, `end` None or how it ended.
@@ -59,6 +49,8 @@ class Store:
 
     def _write(self, lam, rounds, end):
         k, moments = len(rounds), {}
+        if k > 1 and not (self.folder / f"policy-{k - 1}").exists():
+            return  # the round before could not be kept, and all rounds are needed: what there is stays
         for i, trainer in enumerate(self.trainers):
             moments |= {f"{i}/moment/{name}": value for name, value in trainers.moments(trainer).items()}
         for i, weights in enumerate(self.ends):
@@ -75,20 +67,23 @@ class Store:
         cache.write_checked(self.folder / "state", json.dumps(state).encode())
         (self.folder / f"optimiser-{k - 1}").unlink(missing_ok=True)
 
-    def load(self, watch=None):
+    def load(self, watch):
         """(lam, rounds, end) as last saved, with everything put back; None where there is nothing, or nothing whole.
 
         watch(rounds) is called for each round, the policy being that round's.
         """
-        found = self._read(watch is not None)
+        found = self._read()
         if not all(ranks.merge({ranks.rank(): found is not None}).values()):
             return None
         state, weights, moments = found
         rounds = state["rounds"]
-        for k in sorted(weights):
-            policies.restore(self.policy, weights[k])
-            if watch is not None:
-                watch(rounds[:k])
+        for scores, kept in zip(self.known, state["known"], strict=True):
+            scores.update({(prompt, answer): score for prompt, answer, score in kept})
+        self.replays = True
+        for k, kept in enumerate(weights, start=1):
+            policies.restore(self.policy, kept)
+            watch(rounds[:k])
+        self.replays = False
         for i, trainer in enumerate(self.trainers):
             trainers.restore_moments(trainer, _part(moments, f"{i}/moment/"))
             trainer.steps_before = state["steps"][i]
@@ -96,32 +91,29 @@ class Store:
             self.ends[i] = _part(moments, f"{i}/end/") or None
         for generator, kept in zip(self.generators, state["generators"], strict=True):
             generator.bit_generator.state = kept
-        for scores, kept in zip(self.known, state["known"], strict=True):
-            scores.update({(prompt, answer): score for prompt, answer, score in kept})
         torch.set_rng_state(moments["random"])
         print(f"goes on after round {len(rounds)}, from {self.folder.name}")
         return np.array(state["lam"]), rounds, state["end"] and tuple(state["end"])
 
-    def _read(self, all_rounds):
-        """State, weights by round and the rest, all read and checked before anything is changed."""
+    def _read(self):
+        """State, weights of each round and the rest, all read and checked before anything is changed."""
         if (body := cache.read_checked(self.folder / "state")) is None:
             if (self.folder / "state").exists():
                 print(f"{self.folder / 'state'}: damaged; the loop begins anew")
             return None
         state = json.loads(body)
-        last = state["round"]
-        names = [f"policy-{k}" for k in range(1 if all_rounds else last, last + 1)] + [f"optimiser-{last}"]
+        names = [*(f"policy-{k + 1}" for k in range(state["round"])), f"optimiser-{state['round']}"]
         bodies = [cache.read_checked(self.folder / name) for name in names]
         if None in bodies:
             print(f"{self.folder / names[bodies.index(None)]}: missing or damaged; the loop begins anew")
             return None
         *weights, moments = map(load, bodies)
-        return state, dict(zip(range(last + 1 - len(weights), last + 1), weights, strict=True)), moments
+        return state, weights, moments
 
 
 def folder_of(parent, settings, policy, datasets):
     """parent / digest of JSON-able `settings`, the policy's weights, the rows of `datasets`, code and versions."""
-    versions = {name: value for name, value in record.versions().items() if name in VERSIONS}
+    versions = {name: value for name, value in record.versions().items() if name not in ("commit", "cores")}
     outside = {"source": record.source_hash(), "versions": versions, "processes": ranks.world()}
     text = json.dumps(settings | outside, sort_keys=True, default=lambda value: np.asarray(value).tolist())
     digest = hashlib.sha256(text.encode() + policies.digest(policies.snapshot(policy)).encode())

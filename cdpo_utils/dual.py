@@ -178,7 +178,7 @@ def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tol
         attainable = ", ".join(f"{v:.3f}" for v in np.atleast_1d(lowest))
         return Descent(lam, [], False, f"budget {budget.tolist()} cannot be met: smallest attainable cost {attainable}")
     rounds, end = [], None
-    if store is not None and (kept := store.load(watch)):
+    if store is not None and (kept := store.load(watch or (lambda rounds: None))):
         lam, rounds, end = np.asarray(kept[0], float), *kept[1:]
     for k in range(len(rounds), max_rounds if end is None else 0):
         steps = maximise(lam, k)

@@ -67,8 +67,8 @@ class Bench:
         return truth
 
     def gap(self, policy, beta, budget, prompts=24):
-        """The gap, in percent, on the first training prompts, for the line of a running loop; None where `truth` was
-        not yet asked for this beta and budget."""
+        """The gap, in percent, on the first training prompts, for the line of a running loop on the first costs; None
+        where `truth` was not yet asked for this beta and budget."""
         truth = self.truths.get((float(beta), tuple(np.atleast_1d(budget))))
         return truth and self.evaluate(policy, evaluate.first_prompts(truth, prompts))["gap"]
 

@@ -388,6 +388,7 @@ def _run(args, folder, parameters, seconds):
             if path.stem in seconds:
                 print(f"{label}  done before", flush=True)
                 continue
+            shutil.rmtree(folder / "progress", ignore_errors=True)  # lines of processes that were killed
             try:
                 seconds[path.stem] = execute(path, parameters[path], folder, label)
             except NotebookFailed as error:
@@ -397,10 +398,10 @@ def _run(args, folder, parameters, seconds):
                 print(f"interrupted in {path.name}; --resume {folder} goes on", file=sys.stderr)
                 return 130
             files.write_whole(folder / "done.json", json.dumps(seconds, indent=1))
-            for kept in ("checkpoints", "progress"):  # of its dual loops, which have ended
-                shutil.rmtree(folder / kept, ignore_errors=True)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of its dual loops, which have ended
             print(f"{label}  {report.minutes(seconds[path.stem])}", flush=True)
 
+    shutil.rmtree(folder / "progress", ignore_errors=True)
     records = read_records(folder)
     summary = summarise(folder, records)
     rows = report.with_intervals(summary["methods"], records)

@@ -7,8 +7,8 @@ Ranks divide each batch, the sampling and the reference log-probabilities (`rank
 answers of all of them, once for every rank. Rank 0 writes `out`/<method>.json: the configuration, the rows of a
 summary, and the rounds; for a pretrained model also the intervals, and the adapter in `out`/<method>/.
 
-The dual loop is kept in `out`/checkpoints after each round: with --resume, a training that was killed goes on from the
-last one. `report_to: tensorboard` writes the trainers' logs, and the loop's multiplier, cost and violation, into
+The dual loop is kept in `out`/checkpoints/<method> after each round: with --resume, a training that was killed goes on
+from the last one. `report_to: tensorboard` writes the trainers' logs, and the loop's multiplier, cost and violation, into
 `out`/tensorboard; `trackio` and the others that transformers knows are passed on, where they are installed.
 
 Exit status: 0 done, 1 the disk was full, 2 not understood or not to be written, and nothing trained.
@@ -135,7 +135,7 @@ def train(config):
     except ValueError as error:
         raise run.NotUnderstood(str(error)) from None
     made.lab.shards = min(config.shards, len(made.lab.prompts))
-    made.lab.checkpoints = None if ranks.sharded() else Path(config.out) / "checkpoints"
+    made.lab.checkpoints = None if ranks.sharded() else kept(config)
     if config.feedback == "learned" and config.method in ("c_dpo", "dual_descent"):
         for kind in labs.SCORERS:  # by all ranks together, not side by side in processes of their own
             made.scorer(kind)
@@ -155,7 +155,7 @@ def train_pretrained(config):
     except data.DataError as error:
         raise run.NotUnderstood(str(error)) from None
     made.lab.shards = min(config.shards, len(made.lab.prompts))
-    made.lab.checkpoints = None if ranks.sharded() else Path(config.out) / "checkpoints"
+    made.lab.checkpoints = None if ranks.sharded() else kept(config)
     feedback = made.learned_feedback(*made.scorers())
     budget = labs.budget_as_cost(made, config.budget, config.budget_from)
     own |= {"steps": config.steps, "round_steps": config.steps // 2, "report_to": config.report_to}
@@ -210,12 +210,26 @@ def writing(config):
         yield
 
 
+def kept(config):
+    """The folder in which the rounds of the method's dual loop are kept."""
+    return Path(config.out) / "checkpoints" / config.method
+
+
+def begin(config, resume):
+    """The loops that are there to go on with; without `resume` they are removed. NotUnderstood where there is none."""
+    if not resume:
+        shutil.rmtree(kept(config), ignore_errors=True)
+    elif not kept(config).exists():
+        raise run.NotUnderstood(f"--resume: nothing is kept in {kept(config)}; expected a loop that was interrupted")
+    return set(kept(config).glob("*"))
+
+
 def write(config, trained):
     """`out`/<method>.json, and its rows in words."""
     result = {"config": dataclasses.asdict(config), "processes": ranks.world(), "versions": record.versions()}
     text = json.dumps(result | trained, indent=1, allow_nan=False)
     files.write_whole(Path(config.out) / f"{config.method}.json", text + "\n")
-    shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)  # they have done their work
+    shutil.rmtree(kept(config), ignore_errors=True)  # it has done its work
     for row in trained["methods"]:
         gap = "unknown" if row["gap"] is None else f"{row['gap']:.2f} %"
         print(f"{row['method']} {row['split']}: gap {gap}, reward {row['reward']:.3f}, "
@@ -238,12 +252,13 @@ def main(argv=None):
             if given.resume:
                 raise run.NotUnderstood("--resume: under FSDP no round is kept; expected a new training, or DDP")
         with writing(config) if ranks.rank() == 0 else contextlib.nullcontext():
-            if ranks.rank() == 0 and not given.resume:
-                shutil.rmtree(Path(config.out) / "checkpoints", ignore_errors=True)
+            before = begin(config, given.resume) if ranks.rank() == 0 else ()
             state.wait_for_everyone()
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.out) / "tensorboard"))
             trained = train(config)
             if ranks.rank() == 0:
+                if given.resume and not set(kept(config).glob("*")) <= before:
+                    print("no loop that was kept is of this configuration: trained from the beginning")
                 write(config, trained)
     except run.NotUnderstood as error:
         print(error, file=sys.stderr)

@@ -122,7 +122,7 @@ def restore_moments(trainer, kept):
     trainer.create_optimizer()
     for key, value in kept.items():
         name, kind = key.rsplit(".", 1)
-        trainer.optimizer.state[parameters[name]][kind] = value.to(parameters[name].device) if value.dim() else value
+        trainer.optimizer.state[parameters[name]][kind] = value.to(parameters[name].device)
 
 
 class EachStep(TrainerCallback):

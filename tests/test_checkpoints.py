@@ -13,6 +13,7 @@ from cdpo_utils import algorithms, bench, cache, checkpoints, data, dual, labs, 
 from cdpo_utils.algorithms import Schedule
 
 SCHEDULE = Schedule(steps=4, round_steps=3, batch_size=16, lr=1e-2)
+SHORT = replace(SCHEDULE, steps=1, round_steps=1)
 LOOP = dict(samples=4, max_rounds=4, tolerance=0.0)
 
 
@@ -176,11 +177,61 @@ def test_another_loop_has_another_folder(lab, pairs, oracle, learned, tmp_path, 
     assert len(set(folders.values())) == len(folders) and again == folders["base"]
 
 
-def test_feedback_that_votes_otherwise_is_another_loop(lab, pairs, oracle, learned, tmp_path):
-    for voters in (algorithms.votes(oracle, 8, 0), algorithms.votes(oracle, 8, 1), oracle):
-        lab.checkpoints = tmp_path
-        algorithms.pd_dpo(lab, lab.new_policy(), pairs[1], voters, 0.0, 1.0, SCHEDULE, max_rounds=1)
-    assert len(list(tmp_path.iterdir())) == 3
+LOOPS = {
+    "as it is": {},
+    "beta": {"beta": 0.5},
+    "budget": {"budget": 0.1},
+    "lam": {"lam": 0.5},
+    "lr": {"schedule": replace(SHORT, lr=2e-2)},
+    "steps": {"schedule": replace(SHORT, steps=2)},
+    "seed": {"schedule": replace(SHORT, seed=1)},
+    "samples": {"samples": 3},
+    "tolerance": {"tolerance": 0.1},
+    "rounds": {"max_rounds": 2},
+    "step size": {"dual_lr": 0.5},
+    "costs": {"costs": lambda costs: lambda *texts: costs(*texts) + 0.1},
+    "reward": {"reward": lambda reward: lambda *texts: 2 * reward(*texts)},
+    "beside": {"beside": {"another": lambda prompts, answers: np.zeros((len(prompts), 1))}},
+    "max_length": {"lab": {"max_length": 64}},
+    "max_new_tokens": {"lab": {"max_new_tokens": 5}},
+    "shards": {"lab": {"shards": 2}},
+    "sample_rows": {"lab": {"sample_rows": 8}},
+    "sampler": {"lab": {"sampler": policies.sample}},
+    "prompts": {"lab": {"prompts": -1}},
+    "labels": {"labels": "sampled"},
+    "votes": {"labels": 4},
+    "votes of others": {"votes": 1},
+}
+
+
+@pytest.mark.parametrize("method", ["c_dpo", "pd_dpo"])
+def test_whatever_a_loop_is_given_decides_its_folder(method, lab, pairs, oracle, tmp_path):
+    """Each change of one argument makes a folder of its own; the same arguments find theirs again."""
+    only = {"c_dpo": {"votes", "votes of others"}, "pd_dpo": {"labels", "beside"}}[method]
+    cases = {name: changed for name, changed in LOOPS.items() if name not in only}
+
+    def folders(changed):
+        given = {"beta": 1.0, "schedule": SHORT, "samples": 2, "lam": 1.0, "max_rounds": 1, "tolerance": 0.0} | changed
+        own, budget, seed = dict(given.pop("lab", {})), given.pop("budget", -0.2), given.pop("votes", 0)
+        own["prompts"] = lab.prompts[: own.get("prompts")]
+        here = replace(lab, model=policies.clean_copy(lab.model), cache={}, checkpoints=tmp_path / method, **own)
+        scores = {name: given.pop(name)(getattr(oracle, name)) for name in ("reward", "costs") if name in given}
+        feedback = replace(oracle, **scores, beside=given.pop("beside", {}))
+        beta, schedule = given.pop("beta"), given.pop("schedule")
+        if method == "c_dpo":
+            algorithms.c_dpo(here, pairs[0], feedback, budget, beta, schedule, **given)
+        else:
+            if "votes" in changed or "labels" in changed:
+                feedback = algorithms.votes(feedback, given.get("labels", 8), seed)
+            algorithms.pd_dpo(here, here.new_policy(), pairs[1], feedback, budget, beta, schedule, **given)
+        return set((tmp_path / method).iterdir())
+
+    seen = set()
+    for name, changed in cases.items():
+        now = folders(changed)
+        assert len(now) == len(seen) + 1, f"{name} decides the result, and shares the folder of another loop"
+        seen = now
+    assert folders({}) == seen
 
 
 def test_only_one_optimiser_state_is_kept(ended):
@@ -221,11 +272,13 @@ def test_moments_go_to_their_own_parameters(lab, pairs):
         trainers.restore_moments(other, {"no.such.weight.step": torch.tensor(1.0)})
 
 
-def test_a_full_disk_leaves_the_round_before(lab, pairs, oracle, learned, monkeypatch, tmp_path, capsys):
-    whole, real = run("dual_descent", lab, pairs, oracle, learned, None), cache.write_checked
+@pytest.mark.parametrize("refused", ["policy-2", "optimiser-3", "state"])
+def test_a_full_disk_leaves_the_round_before(refused, lab, pairs, oracle, learned, monkeypatch, tmp_path, capsys):
+    whole, real, written = run("dual_descent", lab, pairs, oracle, learned, None), cache.write_checked, []
 
     def write(path, body):
-        if path.name == "optimiser-3":
+        written.append(path.name)
+        if path.name == refused and written.count(refused) == (2 if refused == "state" else 1):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, body)
 
@@ -234,6 +287,7 @@ def test_a_full_disk_leaves_the_round_before(lab, pairs, oracle, learned, monkey
         with killed_at(whole[1].steps - 1):  # in the last round
             run("dual_descent", lab, pairs, oracle, learned, tmp_path)
     said = capsys.readouterr().err
-    assert "round 3 is not kept: " in said and "No space left on device" in said and said.count("\n") == 1
+    kept = {"policy-2": 1, "optimiser-3": 2, "state": 3}[refused]  # a later state makes good for the one refused
+    assert " is not kept: " in said and "No space left on device" in said and said.count("\n") == 1
     same(run("dual_descent", lab, pairs, oracle, learned, tmp_path), whole)
-    assert "goes on after round 2" in capsys.readouterr().out
+    assert f"goes on after round {kept}" in capsys.readouterr().out
