@@ -8,8 +8,8 @@ answers of all of them, once for every rank. Rank 0 writes `out`/<method>.json: 
 summary, and the rounds; for a pretrained model also the intervals, and the adapter in `out`/<method>/.
 
 The dual loop is kept in `out`/checkpoints/<method> after each round: with --resume, a training that was killed goes on
-from the last one. `report_to: tensorboard` writes the trainers' logs, and the loop's multiplier, cost and violation, into
-`out`/tensorboard; `trackio` and the others that transformers knows are passed on, where they are installed.
+from the last one. `report_to: tensorboard` writes the trainers' logs, and the loop's multiplier, cost and violation,
+into `out`/tensorboard; `trackio` and the others that transformers knows are passed on, where they are installed.
 
 Exit status: 0 done, 1 the disk was full, 2 not understood or not to be written, and nothing trained.
 """
