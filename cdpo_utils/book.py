@@ -2,7 +2,8 @@
 
     make book        (or python -m cdpo_utils.book, after `npm install --prefix book`)
 
-Sphinx reads notebooks and Markdown through MyST. The site takes nothing from the network and can be read from disk.
+Sphinx reads notebooks and Markdown through MyST. Not mystmd, whose theme comes from a server of its own and is in no
+package. The site takes nothing from the network and can be read from disk.
 """
 
 import argparse

@@ -1,7 +1,13 @@
-"""The results of a run for reading: a text table for the terminal, HTML pages for the browser."""
+"""The results of a run for reading: a text table for the terminal, HTML pages for the browser.
+
+python -m cdpo_utils.report runs/latest     # how long each notebook took, as a Markdown table (TEACHING.md)
+"""
 
 import html
+import json
 import math
+import sys
+from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
@@ -88,6 +94,17 @@ def minutes(seconds):
     return f"{seconds} s" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s"
 
 
+def times(folder):
+    """What the notebooks of a run took, a Markdown table. Raises OSError or ValueError for what is no finished run."""
+    seconds = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    lines = [f"| `{stem}` | {minutes(taken)} |" for stem, taken in seconds.items()]
+    total = f"| all | {minutes(sum(seconds.values()))} |"
+    cores, processor = summary["versions"]["cores"], summary["versions"].get("cpu")  # older summaries have no name
+    machine = f"{cores} cores" + (f", {processor}" if processor else "")
+    return "\n".join([f"| notebook | {machine} |", "|---|---|", *lines, total])
+
+
 def title(path):
     """The heading a notebook opens with, or its name."""
     first = nbformat.read(path, as_version=4).cells[0].source.partition("\n")[0]
@@ -138,3 +155,10 @@ reference. A "-" is a value that is not available there. [low, high] is a 95 % i
 """,
     )
     return index
+
+
+if __name__ == "__main__":
+    try:
+        print(times(Path(sys.argv[1])))
+    except (OSError, ValueError, LookupError) as error:
+        sys.exit(f"python -m cdpo_utils.report: {type(error).__name__}: {error}; expected the folder of a run")

@@ -134,7 +134,7 @@ def sweep(values, planned, folder, notebooks, jobs, threads, call=None):
 def note(folder, entry):
     """Add a line to the manifest, on the disk before this returns. A line that a kill cut off is ended first."""
     path = folder / "manifest.jsonl"
-    cut = path.exists() and not path.read_bytes().endswith(b"\n")
+    cut = path.exists() and not (b"\n" + path.read_bytes()).endswith(b"\n")
     with open(path, "a", encoding="utf-8") as file:
         file.write("\n" * cut + json.dumps(entry) + "\n")
         file.flush()

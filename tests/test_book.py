@@ -121,7 +121,7 @@ def built(tmp_path):
 
 def check(folder):
     command = ["node", str(ROOT / "book" / "check.mjs"), str(folder), CHROMIUM]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.slow

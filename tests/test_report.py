@@ -28,3 +28,11 @@ def test_texts_are_escaped_in_html():
 
 def test_several_constraints_are_listed():
     assert report.number([1.0, -0.5], 2, "+") == "+1.00, -0.50"
+
+
+def test_times_are_a_table(tmp_path):
+    (tmp_path / "done.json").write_text('{"00_a": 14.2, "01_b": 60}')
+    (tmp_path / "summary.json").write_text('{"versions": {"cores": 2, "cpu": "X"}}')
+    lines = report.times(tmp_path).splitlines()
+    assert lines == ["| notebook | 2 cores, X |", "|---|---|", "| `00_a` | 15 s |", "| `01_b` | 1 min 00 s |",
+                     "| all | 1 min 15 s |"]  # fmt: skip
