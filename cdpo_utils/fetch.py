@@ -20,6 +20,8 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from cdpo_utils import guard
 from cdpo_utils.cache import cache_dir
 
@@ -111,7 +113,7 @@ def main(argv=None):
         if args.force:
             shutil.rmtree(model_folder(args.name), ignore_errors=True)
         print(fetch(args.name))
-    except (FetchError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (FetchError, OSError, SafetensorError, ValueError, KeyError, zipfile.BadZipFile) as error:
         print(f"fetch {args.name}: {guard.one_line(error)}", file=sys.stderr)
         return 1
     return 0

@@ -13,7 +13,7 @@ import torch
 from test_run import COUNTS, write
 from test_train import TINY
 
-from cdpo_utils import cache, claims, comparison, files, online, run, student, sweep, theory, train
+from cdpo_utils import cache, claims, comparison, files, online, policies, real, run, student, sweep, theory, train
 
 FULL = os.strerror(errno.ENOSPC)
 RUN = "import sys, pathlib; from cdpo_utils import run; sys.exit(run.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
@@ -135,6 +135,17 @@ def test_a_limit_on_the_size_of_files_is_said(notebooks, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert f"01_a.ipynb: {os.strerror(errno.EFBIG)}; --resume " in done.stderr
+
+
+@pytest.mark.parametrize("left", [0, 20, -50])
+def test_a_model_whose_weights_were_cut_off_is_one_line(tokenizer, tmp_path, left):
+    policies.small_llama(tokenizer, 0, width=16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    real.load_model(str(tmp_path))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:left])
+    with pytest.raises(real.DataError, match=f"^model {tmp_path}: .*header.*$"):
+        real.load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["records/01_a.json", "01_a.ipynb"])
