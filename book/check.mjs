@@ -61,8 +61,9 @@ async function contrast() {
 // What reaches beyond the right edge of a narrow screen, outside of boxes that scroll; runs in the browser.
 function tooWide() {
   const edge = document.documentElement.clientWidth, scrolls = node => /auto|scroll/.test(getComputedStyle(node).overflowX);
-  const inside = node => node && node !== document.body && (scrolls(node) || inside(node.parentElement));
-  const wide = [...(document.querySelector("article") ?? document.body).querySelectorAll("*")]
+  const text = document.querySelector("article") ?? document.body;  // the theme would let all of it scroll
+  const inside = node => node !== text && (scrolls(node) || inside(node.parentElement));
+  const wide = [...text.querySelectorAll("*")]
     .filter(node => node.getBoundingClientRect().right > edge + 0.5 && !inside(node.parentElement) && getComputedStyle(node).visibility !== "hidden");
   return {page: document.documentElement.scrollWidth - edge, wide: wide.map(node => node.outerHTML.slice(0, 100))};
 }
