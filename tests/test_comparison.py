@@ -89,6 +89,19 @@ def test_the_command_tunes_and_writes_its_rows(tmp_path):
         assert len(pd.read_csv(tmp_path / f"{name}.csv")) > 3
 
 
+def test_filling_trains_what_the_cache_lacks_and_nothing_else(monkeypatch):
+    trained = []
+
+    class Made:
+        def scorers(self):
+            trained.append("scorers")
+
+    monkeypatch.setattr(comparison.suite, "opened", lambda settings: trained.append(settings["seed"]) or (Made(), {}))
+    monkeypatch.setattr(comparison.workers, "side_by_side", lambda *args: pytest.fail("a process for nothing"))
+    comparison.fill(7, SETTINGS)
+    assert trained == [7, "scorers"]
+
+
 def test_the_frontier_passes_through_the_optimum():
     curve = pd.DataFrame(comparison.frontier(0, SETTINGS, points=400))
     near = curve.iloc[curve.violation.abs().argmin()]

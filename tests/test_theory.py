@@ -229,8 +229,35 @@ def test_violation_of_the_average_iterate_telescopes(truth):
 
 
 @pytest.fixture(scope="module")
-def lab():
-    return model_gap.open_lab(0, 1.0, 0.0, 12, width=16)
+def lab(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:  # opened before the first test, and so before its own cache is set
+        patch.setenv("CDPO_CACHE", str(tmp_path_factory.mktemp("tables")))
+        return model_gap.open_lab(0, 1.0, 0.0, 12, width=16)
+
+
+def test_a_reference_is_fitted_once(monkeypatch):
+    first, fitted = model_gap.open_lab(0, 1.0, 0.0, 2, width=8), []
+    monkeypatch.setattr(model_gap, "fit", lambda *args: fitted.append(args[-1]))
+    again = model_gap.open_lab(0, 0.5, -1.0, 2, width=8)
+    assert not fitted and np.array_equal(again.truth.ref_logps, first.truth.ref_logps)
+    assert again.truth.beta == 0.5 and again.truth.budget == [-1.0]
+    model_gap.open_lab(0, 1.0, 0.0, 3, width=8)
+    assert fitted == [3], "one fitted for longer is another"
+
+
+def test_classes_are_measured_from_the_last_and_come_back_in_their_order(monkeypatch):
+    asked = []
+
+    def side_by_side(function, calls):
+        asked.extend(calls)
+        return [{"class": call[4], "size": call[5]} for call in calls]
+
+    monkeypatch.setattr(model_gap, "_lab", lambda *args: asked.append(args))
+    monkeypatch.setattr(model_gap.workers, "side_by_side", side_by_side)
+    table = model_gap.by_size(0, 1.0, 0.0, [("width", 4, 0), ("rank", 8, 0)], 20, 10, 2)
+    assert table.values.tolist() == [["width", 4], ["rank", 8]]
+    assert asked[0] == (0, 1.0, 0.0, 20), "the reference is there before two processes need it"
+    assert [call[5] for call in asked[1:]] == [8, 4] and asked[1][-3:] == (20, 10, 2)
 
 
 def test_log_policy_is_the_enumeration_with_a_gradient(lab, truth):
