@@ -82,6 +82,7 @@ def same(one, other):
     assert one[1].message == other[1].message and one[2] == other[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["c_dpo", "dual_descent", "pd_dpo", "chain"])
 def test_a_killed_loop_ends_with_the_same_bits(name, lab, pairs, oracle, learned, monkeypatch, tmp_path, capsys):
     whole = run(name, lab, pairs, oracle, learned, None)
@@ -123,6 +124,7 @@ def ended(lab, pairs, oracle, learned, tmp_path):
     return whole, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["state", "policy-1", "policy-4", "optimiser-4"])
 @pytest.mark.parametrize("how", ["cut", "changed", "gone"])
 def test_what_is_damaged_is_not_taken_up(ended, broken, how, lab, pairs, oracle, learned, capsys):
@@ -204,6 +206,7 @@ LOOPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["c_dpo", "pd_dpo"])
 def test_whatever_a_loop_is_given_decides_its_folder(method, lab, pairs, oracle, tmp_path):
     """Each change of one argument makes a folder of its own; the same arguments find theirs again."""
@@ -272,6 +275,7 @@ def test_moments_go_to_their_own_parameters(lab, pairs):
         trainers.restore_moments(other, {"no.such.weight.step": torch.tensor(1.0)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", ["policy-2", "optimiser-3", "state"])
 def test_a_full_disk_leaves_the_round_before(refused, lab, pairs, oracle, learned, monkeypatch, tmp_path, capsys):
     whole, real, written = run("dual_descent", lab, pairs, oracle, learned, None), cache.write_checked, []
