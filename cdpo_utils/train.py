@@ -230,6 +230,8 @@ def write(config, trained):
     text = json.dumps(result | trained, indent=1, allow_nan=False)
     files.write_whole(Path(config.out) / f"{config.method}.json", text + "\n")
     shutil.rmtree(kept(config), ignore_errors=True)  # it has done its work
+    with contextlib.suppress(OSError):
+        kept(config).parent.rmdir()  # unless another method's loop is kept there
     for row in trained["methods"]:
         gap = "unknown" if row["gap"] is None else f"{row['gap']:.2f} %"
         print(f"{row['method']} {row['split']}: gap {gap}, reward {row['reward']:.3f}, "

@@ -191,7 +191,7 @@ def test_a_killed_training_ends_as_if_nothing_had_happened(tmp_path, method="dua
 
 def states(out):
     """What tells that a loop has kept another round."""
-    return {path: path.stat().st_mtime_ns for path in out.glob("checkpoints/*/state")}
+    return {path: path.stat().st_mtime_ns for path in out.glob("checkpoints/*/*/state")}
 
 
 def without_time(row):
