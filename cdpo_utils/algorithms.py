@@ -412,6 +412,7 @@ def pd_dpo(lab, reward_policy, frames, feedback, budget, beta, schedule, samples
         raise ValueError(f"pd_dpo: {len(frames)} tables of pairs and {len(budget)} budgets; expected one for each cost")
     policy, pi_r = reward_policy, policies.snapshot(reward_policy)
     chain = [_link(lab, policy, frame, beta, schedule) for frame in frames]
+    chain[0].train_dataset = referring_to(lab, policy, chain[0].train_dataset)  # pi_r, which never moves
     ends = [None] * len(chain)  # weights that each link ended with
 
     def maximise(lam, k):
@@ -447,7 +448,6 @@ def _some_scores(feedback, frame):
 
 
 def _link(lab, policy, frame, beta, schedule):
-    """A trainer of `policy` on a frame of pairs, with `policy`, as it is now, for DPO's reference."""
+    """A trainer of `policy` on a frame of pairs; `referring_to` gives them the policy that DPO refers to."""
     pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
-    pairs = referring_to(lab, policy, pairs)
     return _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)

@@ -177,7 +177,7 @@ def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tol
     if lowest is not None and np.any(np.atleast_1d(lowest) >= budget):
         attainable = ", ".join(f"{v:.3f}" for v in np.atleast_1d(lowest))
         return Descent(lam, [], False, f"budget {budget.tolist()} cannot be met: smallest attainable cost {attainable}")
-    rounds, end = [], None
+    rounds, end, gave_up = [], None, (False, f"not settled within {max_rounds} rounds")
     if store is not None and (kept := store.load(watch or (lambda rounds: None))):
         lam, rounds, end = np.asarray(kept[0], float), *kept[1:]
     for k in range(len(rounds), max_rounds if end is None else 0):
@@ -196,9 +196,9 @@ def descend(maximise, measure, lam, budget, beta, dual_lr=1.0, max_rounds=6, tol
             lam = dual_step(lam, violation, dual_lr / max(1, k - 2) * step_size(costs, beta))
             lam = bracketed(lam, rounds, tolerance) if len(lam) == 1 else lam
         else:
-            end = False, f"not settled within {max_rounds} rounds"
+            end = gave_up
         if store is not None:
             store.save(lam, rounds, end)
         if end:
             break
-    return Descent(lam, rounds, *(end or (False, f"not settled within {max_rounds} rounds")))
+    return Descent(lam, rounds, *(end or gave_up))

@@ -45,10 +45,15 @@ def show(fig, alt):
 
 def save(fig, path):
     """Write a figure as `path`.png, sharp enough for a slide, and its data as `path`.csv; close it."""
+    write_png(fig, path)
+    guard.write_csv(plotted(fig), path.with_suffix(".csv"))
+
+
+def write_png(fig, path):
+    """Write a figure as `path`.png, whole or not at all, and close it."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", bbox_inches="tight", dpi=200)
     files.write_whole(path.with_suffix(".png"), buffer.getvalue())
-    guard.write_csv(plotted(fig), path.with_suffix(".csv"))
     plt.close(fig)
 
 

@@ -8,7 +8,6 @@ primal-dual DPO (arXiv:2510.05703), `model_gap` what a class of models adds (arX
 """
 
 import argparse
-import io
 import sys
 import time
 from pathlib import Path
@@ -322,10 +321,7 @@ def draw_figures(found, out):
         fig, axes = plt.subplots(*shape, figsize=size, sharey=share)
         draw(axes)
         fig.tight_layout()
-        picture = io.BytesIO()
-        fig.savefig(picture, format="png")
-        files.write_whole(out / f"{name}.png", picture.getvalue())
-        plt.close(fig)
+        plots.write_png(fig, out / name)
     for name, frame in found.items():
         guard.write_csv(frame, out / f"{name}.csv")
 
