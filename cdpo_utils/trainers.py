@@ -15,14 +15,14 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from pyarrow.compute import list_value_length
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import add_fused_lm_head
 
-from cdpo_utils import losses, ranks, record
+from cdpo_utils import files, guard, losses, ranks, record
 from cdpo_utils.logprobs import MULTIPLE, frozen_head, marked_logps, pad, response_logps, token_logps
 from cdpo_utils.policies import clean_copy, encode_answers, encode_prompts, restore, snapshot
 
@@ -282,17 +282,7 @@ class PreferenceTrainer(DPOTrainer):
             self.state.global_step -= self.steps_before
 
     def _stopped_at(self, per_pair, inputs):
-        """Where a loss broke, in one line; weights, optimiser state and log history before that step are kept, under
-        FSDP each rank's part of them."""
-        folder = record.records_dir().parent / "stopped" / str(ranks.rank())
-        folder.mkdir(parents=True, exist_ok=True)
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        for file, tensors in (("weights", weights), ("optimizer", moments(self))):
-            save_file({name: _own_part(tensor) for name, tensor in tensors.items()}, folder / f"{file}.safetensors")
-        self.state.save_to_json(str(folder / "trainer_state.json"))
+        """Where a loss broke, and where what it started from is kept, in one line."""
         broken = (~torch.isfinite(per_pair)).nonzero().flatten().tolist()
         where = "the level term"
         if broken:
@@ -300,7 +290,24 @@ class PreferenceTrainer(DPOTrainer):
             text = self.processing_class.decode(inputs["input_ids"][k][inputs["attention_mask"][k].bool()])
             known = {name: inputs[name][k].item() for name in (*REF_COLUMNS, "pref_prob")}
             where = f"{len(broken)} of {len(per_pair)} pairs, the first (chosen) {text[-200:]!r} with {known}"
+        folder = record.records_dir().parent / "stopped" / str(ranks.rank())
+        try:
+            self._keep_before(folder)
+        except OSError as error:  # a full disk must not hide what stopped the run
+            return f"optimiser step {self.state.global_step}: {where}; not kept: {guard.disk(error)}"
         return f"optimiser step {self.state.global_step}: {where}; what it started from is in {folder}"
+
+    def _keep_before(self, folder):
+        """Weights, optimiser state and log history before this step, under FSDP this rank's part of them."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, tensors in (("weights", weights), ("optimizer", moments(self))):
+            body = save({name: _own_part(tensor) for name, tensor in tensors.items()})
+            files.write_whole(folder / f"{file}.safetensors", body)
+        self.state.save_to_json(str(folder / "trainer_state.json"))
 
     @torch.no_grad()
     def _log_pairs(self, mode, inputs, chosen_logratio, rejected_logratio):

@@ -1,5 +1,8 @@
 """Tripwires around TRL: our trainer is the stock trainer where they should agree, and differs where it should."""
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -347,6 +350,22 @@ def test_a_loss_that_is_not_a_number_stops_the_run_names_the_pair_and_keeps_the_
     kept = load_file(next(tmp_path.rglob("weights.safetensors")))
     before = dict(reference.named_parameters())
     assert kept and all(torch.equal(value, before[name]) for name, value in kept.items())
+
+
+def test_a_full_disk_does_not_hide_which_pair_stopped_the_run(tokenizer, reference, texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("CDPO_RUN_DIR", str(tmp_path))
+
+    def write_bytes(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    rows = rows_of(reference, tokenizer, texts, [1.0] * 31 + [np.nan])
+    trainer = trainers.preference_trainer(policies.clean_copy(reference), tokenizer, rows, 1.0, 32, 1e-3, 0)
+    with pytest.raises(
+        FloatingPointError, match="loss is nan at optimiser step 0: 1 of 32 pairs, the first "
+    ) as stopped:
+        trainers.run_steps(trainer, 1, seed=0)
+    assert str(stopped.value).endswith("weights.safetensors: No space left on device")
 
 
 def test_what_the_trainer_does_not_implement_is_refused(tokenizer, reference, texts):
