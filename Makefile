@@ -46,9 +46,11 @@ $(STAMP): pyproject.toml constraints.txt
 run: $(STAMP)
 	$(BIN)/python -m cdpo_utils.run $(ARGS)
 
+# One process for the notebooks, one for the tests, each with one thread: more would wait for each other on two cores.
 test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 figures: $(STAMP)
 	@test -e runs/latest || $(BIN)/python -m cdpo_utils.run

@@ -23,6 +23,14 @@ SIZES = dict(n_tasks=2, n_objects=3, n_situations=2, n_tools=3, n_manners=2, n_p
 LONGEST = 7  # tokens of the longest answer of this world, its end included
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the mark when its turn comes
+def pytest_collection_modifyitems(items):
+    """Notebooks are run by one process, one after the other: later ones find what earlier ones have trained."""
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker(pytest.mark.xdist_group("notebooks"))
+
+
 @pytest.fixture(autouse=True)
 def cache_of_its_own(monkeypatch, tmp_path_factory):
     """No test reads or writes build/cache. Set per test, so that the notebooks, which follow, keep theirs."""
