@@ -1,6 +1,7 @@
 """The results of a run for reading: a text table for the terminal, HTML pages for the browser.
 
-python -m cdpo_utils.report runs/latest     # how long each notebook took, as a Markdown table (TEACHING.md)
+python -m cdpo_utils.report runs/latest         # how long each notebook took, as a Markdown table (TEACHING.md)
+python -m cdpo_utils.report a.json b.json ...   # a pretrained model's estimates by `cdpo_utils.train`, a seed a file
 """
 
 import html
@@ -11,6 +12,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
+import pandas as pd
 from nbconvert import HTMLExporter
 
 from cdpo_utils.files import write_whole
@@ -105,6 +107,38 @@ def times(folder):
     return "\n".join([f"| notebook | {machine} |", "|---|---|", *lines, total])
 
 
+def over_seeds(results):
+    """One method's estimates by several seeds, a Markdown table of `mean [low, high]` with their mean over seeds.
+
+    results: what `cdpo_utils.train` writes about a pretrained model, one dict a seed. The interval of a seed is over
+    prompts; the last column has Student's t interval over seeds, which has all else in it that a seed decides. Raises
+    ValueError where methods differ or there are no intervals.
+    """
+    from cdpo_utils.sweep import half_width  # it needs the runner, which needs this module
+
+    results = sorted(results, key=lambda result: result["config"]["seed"])
+    if len(methods := {result["config"]["method"] for result in results}) > 1:
+        raise ValueError(f"methods {', '.join(sorted(methods))}; expected one method by several seeds")
+    method = methods.pop()
+    if not all(result.get("intervals") for result in results):
+        raise ValueError("no intervals; expected results about a pretrained model")
+    seeds = [str(result["config"]["seed"]) for result in results]
+    lines = [["estimate", *(f"seed {seed}" for seed in seeds), "mean ± 95 %"], ["---"] * (len(seeds) + 2)]
+    found = [{i["estimate"]: i for i in result["intervals"] if i["method"] == method} for result in results]
+    lams = [[row["lam"] for row in result["methods"] if row["method"] == method] for result in results]
+    if all(lam is not None for (lam,) in lams):
+        found = [{"λ": {"mean": lam}} | one for (lam,), one in zip(lams, found, strict=True)]
+    for name in found[0]:
+        means = pd.Series([one[name]["mean"] for one in found])
+        texts = [
+            number(one[name]["mean"], 3)
+            + (f" [{number(one[name]['low'], 3)}, {number(one[name]['high'], 3)}]" if "low" in one[name] else "")
+            for one in found
+        ]
+        lines.append([name, *texts, f"{number(means.mean(), 3)} ± {number(half_width(means), 3)}"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def title(path):
     """The heading a notebook opens with, or its name."""
     first = nbformat.read(path, as_version=4).cells[0].source.partition("\n")[0]
@@ -157,8 +191,16 @@ reference. A "-" is a value that is not available there. [low, high] is a 95 % i
     return index
 
 
+def main(paths):
+    """The command line: one of the two tables, as text. Raises ValueError for what is neither."""
+    if len(paths) == 1 and paths[0].is_dir():
+        return times(paths[0])
+    return over_seeds([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+
+
 if __name__ == "__main__":
     try:
-        print(times(Path(sys.argv[1])))
+        print(main([Path(argument) for argument in sys.argv[1:]]))
     except (OSError, ValueError, LookupError) as error:
-        sys.exit(f"python -m cdpo_utils.report: {type(error).__name__}: {error}; expected the folder of a run")
+        expected = "expected the folder of a run, or results of cdpo_utils.train about a pretrained model"
+        sys.exit(f"python -m cdpo_utils.report: {type(error).__name__}: {error}; {expected}")

@@ -1,5 +1,9 @@
 """The results of a run for reading: numbers, their intervals, nothing that a browser would run."""
 
+import json
+
+import pytest
+
 from cdpo_utils import report
 
 ROW = {
@@ -36,3 +40,31 @@ def test_times_are_a_table(tmp_path):
     lines = report.times(tmp_path).splitlines()
     assert lines == ["| notebook | 2 cores, X |", "|---|---|", "| `00_a` | 15 s |", "| `01_b` | 1 min 00 s |",
                      "| all | 1 min 15 s |"]  # fmt: skip
+
+
+def trained(seed, gain, method="one_shot"):
+    interval = {"method": method, "estimate": "reward gain", "mean": gain, "low": gain - 0.25, "high": gain + 0.25}
+    rows = [{"method": "reference", "lam": None}, {"method": method, "lam": 0.5}]
+    other = interval | {"method": "reference", "mean": 0.0}
+    return {"config": {"seed": seed, "method": method}, "methods": rows, "intervals": [other, interval]}
+
+
+def test_estimates_over_seeds_are_a_table(tmp_path):
+    files = []
+    for seed, gain in ((2, 3.0), (0, 1.0), (1, 2.0)):
+        files.append(tmp_path / f"{seed}.json")
+        files[-1].write_text(json.dumps(trained(seed, gain)))
+    assert report.main(files).splitlines() == [
+        "| estimate | seed 0 | seed 1 | seed 2 | mean ± 95 % |",
+        "| --- | --- | --- | --- | --- |",
+        "| λ | 0.500 | 0.500 | 0.500 | 0.500 ± 0.000 |",
+        # the quantile 0.975 of Student's t with two degrees of freedom, 4.303, by 1 / sqrt(3)
+        "| reward gain | 1.000 [0.750, 1.250] | 2.000 [1.750, 2.250] | 3.000 [2.750, 3.250] | 2.000 ± 2.484 |",
+    ]
+
+
+def test_what_is_no_series_of_seeds_is_refused():
+    with pytest.raises(ValueError, match="methods c_dpo, one_shot; expected one method by several seeds"):
+        report.over_seeds([trained(0, 1.0), trained(1, 1.0, "c_dpo")])
+    with pytest.raises(ValueError, match="no intervals; expected results about a pretrained model"):
+        report.over_seeds([trained(0, 1.0) | {"intervals": []}])
