@@ -147,6 +147,7 @@ class Schedule:
     lr: float = 5e-3  # peak learning rate of the first round's cosine schedule; the k-th round has lr / k
     level: float = 0.03  # weight of losses.level_loss, in units of beta^2
     seed: int = 0
+    by_length: bool = False  # batches of pairs of like length: less padding, where lengths differ
     report_to: str = "none"  # where the trainers log: "tensorboard", "trackio", ..., where that is installed
 
     def train_round(self, trainer, k):
@@ -183,7 +184,7 @@ def set_column(dataset, name, values):
 def _trainer(lab, policy, pairs, beta, schedule, **loss):
     return trainers.preference_trainer(
         policy, lab.tokenizer, pairs, beta, schedule.batch_size, schedule.lr, schedule.seed, schedule.level,
-        lab.max_length, report_to=schedule.report_to, **loss,
+        lab.max_length, by_length=schedule.by_length, report_to=schedule.report_to, **loss,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import nn
 
-from cdpo_utils import guard
+from cdpo_utils import guard, preflight
 from cdpo_utils.data import DataError
 from cdpo_utils.logprobs import pad, token_batches
 
@@ -66,7 +66,7 @@ class Scorer:
 
 
 def load(name):
-    """The `Scorer` of a hub name or a folder, safetensors only; bf16 on a GPU that has it, else float32.
+    """The `Scorer` of a hub name or a folder, safetensors only; see `preflight.precision`.
 
     Raises DataError, in one line, where files are missing or the model is no Beaver scorer.
     """
@@ -82,7 +82,7 @@ def load(name):
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     config.score_bias = getattr(config, "score_bias", getattr(config, "bias", False))
     model, report = _found(
-        name, LlamaForScore.from_pretrained, config=config, dtype=precision(), use_safetensors=True,
+        name, LlamaForScore.from_pretrained, config=config, dtype=preflight.precision(), use_safetensors=True,
         output_loading_info=True, key_mapping={r"^score_head\.": "score."},
     )  # fmt: skip
     if report["missing_keys"]:
@@ -99,9 +99,3 @@ def _found(name, load, **settings):
         return load(name, **settings, trust_remote_code=False)  # None would ask the user
     except Exception as error:  # files missing, no network, ...: transformers has many ways to say so
         raise DataError(f"scorer {name}: {guard.one_line(error)}") from None
-
-
-def precision():
-    """bf16 on a GPU that has it, else float32."""
-    gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if gpu else torch.float32

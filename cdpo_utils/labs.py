@@ -136,7 +136,7 @@ def fill_cache(kind, seed, n_pairs, sizes):
     _without_reference(seed, n_pairs, sizes).scorer(kind)
 
 
-def train_scorer(made, model, kind, steps, batch_size, lr):
+def train_scorer(made, model, kind, steps, batch_size, lr, by_length=False):
     """Train `model` as the "reward" model, by Bradley-Terry, or as the "cost" model, by Safe RLHF's loss."""
     pairs, sides, signs = made.helpful, ("chosen", "rejected"), None
     if kind == "cost":
@@ -144,7 +144,7 @@ def train_scorer(made, model, kind, steps, batch_size, lr):
         signs = pairs.costlier_sign, pairs.cheaper_sign
     trainers.train_scores(
         model, made.lab.tokenizer, pairs.prompt, *(pairs[side] for side in sides), steps, batch_size, lr, made.seed,
-        signs=signs, max_length=made.lab.max_length,
+        signs=signs, max_length=made.lab.max_length, by_length=by_length,
     )  # fmt: skip
 
 

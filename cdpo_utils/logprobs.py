@@ -15,6 +15,7 @@ from cdpo_utils import ranks
 MULTIPLE = 8  # of a length: whole registers, so that the bench's 14 tokens take less time as 16
 BATCH_TOKENS = 4096  # run at once: what a layer of a small model makes of them stays in a core's cache
 MAX_LOGITS = 2**27  # numbers held at once, half a GiB in float32
+NO_LOGITS = torch.empty(0, dtype=torch.long)  # positions whose logits a model is to return: those of none
 HEAD_ROWS = 256  # tokens whose logits over a large vocabulary are held at once
 PLAIN_HEADS = {"llama", "mistral", "qwen2", "qwen3"}  # architectures whose logits are hidden @ weight.T, nothing more
 
@@ -91,7 +92,7 @@ def marked_logps(model, weight, ids, marked, **inputs):
 
     marked[:, t] speaks of token t + 1. The head `weight`, from `frozen_head`, is run on marked tokens only.
     """
-    out = model(input_ids=ids, output_hidden_states=True, logits_to_keep=1, **inputs)
+    out = model(input_ids=ids, output_hidden_states=True, logits_to_keep=NO_LOGITS, **inputs)
     hidden = out.hidden_states[-1][:, :-1][marked]
     logps = TargetLogps.apply(hidden, weight, ids[:, 1:][marked])
     return out, torch.zeros(marked.shape, device=ids.device).masked_scatter(marked, logps)

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from cdpo_utils.logprobs import BATCH_TOKENS, MULTIPLE, pad, token_batches
+from cdpo_utils.logprobs import BATCH_TOKENS, MULTIPLE, NO_LOGITS, pad, token_batches
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|> {{ message['content'] }} "
@@ -26,6 +26,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|end|>", "<|unk|>", "<|user|>", "<|assistant|>"]
+BLOCK = 256  # tokens of a vocabulary that are summed first, in `InverseTransform`
 LARGE = 4096  # tokens of a vocabulary from which one random number a token of it is too many
 
 
@@ -118,10 +119,19 @@ class InverseTransform(LogitsProcessor):
         self.temperature = temperature
 
     def __call__(self, input_ids, scores):
-        cumulative = (scores.double() / self.temperature).softmax(-1).cumsum_(-1)
-        drawn = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, drawn, right=True).clamp(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+        (rows, size), block = scores.shape, min(BLOCK, scores.shape[1])
+        weights = scores.new_zeros(rows, -(-size // block) * block)
+        torch.sub(scores, scores.amax(-1, keepdim=True), out=weights[:, :size])
+        weights[:, :size].div_(self.temperature).exp_()
+        # in two stages, the block and the token in it: half the time of a cumulative sum over the whole vocabulary
+        weights = weights.view(rows, -1, block)
+        upto = weights.sum(-1, dtype=torch.float64).cumsum(-1)
+        drawn = torch.rand(rows, 1, dtype=torch.float64, device=scores.device) * upto[:, -1:]
+        which = torch.searchsorted(upto, drawn, right=True).clamp(max=upto.shape[1] - 1)
+        drawn -= torch.nn.functional.pad(upto, (1, 0)).gather(1, which)
+        inside = weights.gather(1, which[..., None].expand(-1, -1, block))[:, 0].double().cumsum(-1)
+        token = which * block + torch.searchsorted(inside, drawn, right=True).clamp(max=block - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token.clamp(max=size - 1), 0.0)
 
 
 class RoomyLayer(DynamicLayer):
@@ -152,7 +162,7 @@ def _read(model, ids, mask, n, more):
     if not ids.shape[1] or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         return None
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=NO_LOGITS)
     cache = out.past_key_values
     cache.batch_repeat_interleave(n)
     cache.layers = [RoomyLayer(layer, more) if type(layer) is DynamicLayer else layer for layer in cache.layers]

@@ -29,11 +29,24 @@ def memory():
     return pages, f"{torch.get_num_threads()} threads"
 
 
+def precision():
+    """bf16 where the GPU, or without one the processor, multiplies it natively; else float32.
+
+    Of a pretrained model's weights and activations; what is trained of it, and sums of log-probabilities, are float32.
+    """
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        known = torch.cpu.get_capabilities()
+        native = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
 def flops(seconds=0.2):
     """Floating-point operations a second in the matrix products that a training step is made of."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n = 4096 if device == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    a = torch.randn(n, n, device=device, dtype=precision())
     (a @ a).sum().item()  # the first product pays for starting up
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
@@ -58,7 +71,7 @@ def check(model, where):
         return ""
     if count > NEED_GPU:
         _require_gpu(model, count)
-    held = count * (2 if torch.cuda.is_available() else 4)
+    held = count * precision().itemsize
     available, device = memory()
     if held > available:
         raise DataError(
@@ -68,7 +81,7 @@ def check(model, where):
     token = 3 * count / flops()
     return (
         f"model {model}: {count / 1e6:.0f} million parameters, {held / 2**30:.2f} GiB of {available / 2**30:.0f} on "
-        f"{device}; about {1000 * token:.2f} ms per trained token"
+        f"{device}; {str(precision()).removeprefix('torch.')}; about {1000 * token:.2f} ms per trained token"
     )
 
 

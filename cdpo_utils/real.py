@@ -37,8 +37,9 @@ HUB = {
 }
 TEMPLATES = {"alpaca": beaver.CHAT_TEMPLATE}  # of models that come without one
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}  # on the upper half of the layers, see `lora`
-OPTIMISER = {"batch_size": 4, "lr": 3e-4, "level": 0.0}  # of a policy; the pairs are nobody's samples, hence no level
-SCORER = {"batch_size": 8, "lr": 1e-3}
+# Of a policy. The pairs are nobody's samples, hence no level; texts differ in length, hence batches of like ones.
+OPTIMISER = {"batch_size": 4, "lr": 3e-4, "level": 0.0, "by_length": True}
+SCORER = {"batch_size": 8, "lr": 1e-3, "by_length": True}
 SCORER_PAIRS = 800  # that a scorer looks at: fewer are shown up to three times, more once each
 FORWARD_TOKENS = 2048  # tokens at once where nothing is trained: 0.4 GB of logits
 SAMPLE_ROWS = 64  # answers sampled at once
@@ -141,7 +142,7 @@ class Real:
         }  # fmt: skip
 
         def train(kept):
-            train_scorer(self, kept.model, kind, steps, SCORER["batch_size"], SCORER["lr"])
+            train_scorer(self, kept.model, kind, steps, **SCORER)
 
         fresh = Trainable(self._scorer(self.seed + SCORERS.index(kind) + 1))
         return cached_weights(f"real-{kind}", settings, fresh, train).model.eval()
@@ -158,6 +159,7 @@ class Real:
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         getattr(model, model.base_model_prefix).load_state_dict(self.backbone, assign=True)
         torch.nn.init.zeros_(model.score.weight)
+        model.score.float().register_forward_pre_hook(_in_float32)
         return get_peft_model(model.to(base.device), lora(model, task_type="SEQ_CLS", modules_to_save=["score"]))
 
     def learned_feedback(self, reward_model, cost_model):
@@ -313,6 +315,11 @@ class Real:
             "refusal": _refused(drawn),
             "cut": np.array([ids[-1] != end for ids in flat]).reshape(rewards.shape),
         }
+
+
+def _in_float32(module, inputs):
+    """For a head that is trained: steps of Adam would be lost in the 8 bits of bf16."""
+    return (inputs[0].float(),)
 
 
 def _refused(drawn):
@@ -473,7 +480,7 @@ def whole(text):
 def load_model(model):
     """(causal LM, tokenizer) of a name or folder; DataError in one line where that is not possible.
 
-    float32, but bf16 on a GPU that has it.
+    Its precision is `preflight.precision`.
     """
     transformers.utils.logging.disable_progress_bar()
     where = str(model_folder(model)) if model in HUB and model_folder(model).is_dir() else HUB.get(model, model)
@@ -484,7 +491,7 @@ def load_model(model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
         base = transformers.AutoModelForCausalLM.from_pretrained(
             where,
-            dtype=beaver.precision(),
+            dtype=preflight.precision(),
             use_safetensors=True,
             trust_remote_code=False,  # None would ask the user
         )

@@ -173,6 +173,7 @@ def train_pretrained(config):
     )  # fmt: skip
     return {
         "methods": rows, "rounds": descent.rounds if descent else [], "intervals": intervals.to_dict("records"),
+        "precision": str(made.lab.model.dtype).removeprefix("torch."),
         "tests": tests.reset_index(names="method").to_dict("records"),
     }  # fmt: skip
 

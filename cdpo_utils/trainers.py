@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 from trl.trainer import add_fused_lm_head
 
@@ -332,10 +333,11 @@ def _own_part(tensor):
 
 def preference_trainer(
     model, tokenizer, dataset, beta, batch_size, lr, seed, level=0.0, max_length=None, pair_loss=losses.soft_dpo_loss,
-    report_to="none",
+    by_length=False, report_to="none",
 ):  # fmt: skip
     """A `PreferenceTrainer` over `pair_dataset` rows; train it, in one go or in rounds, with `run_steps`.
 
+    `by_length` makes batches of pairs of like length, see `_batch_by_length`.
     `report_to` is the trainer's own: "tensorboard", "trackio", ... where that is installed.
 
     Raises ValueError for a model that cannot keep the answers of a pair apart, see `_check_apart`.
@@ -352,7 +354,26 @@ def preference_trainer(
     if isinstance(model, PeftModel):
         trainer.model.delete_adapter("ref")  # TRL's frozen copy of the adapter; cached log-probabilities take its place
     _check_apart(trainer.model, dataset, tokenizer.pad_token_id, max_length)
+    if by_length:
+        _batch_by_length(trainer)
     return trainer
+
+
+def _batch_by_length(trainer):
+    """Let each batch hold rows of like length, drawn anew each epoch: less is padded where lengths differ.
+
+    transformers' own setting wants a column of lengths, which every table that a round puts in place would need."""
+
+    def sampler(dataset=None):
+        return LengthGroupedSampler(trainer.args.train_batch_size, lengths=_row_lengths(trainer.train_dataset).tolist())
+
+    trainer._get_train_sampler = sampler
+
+
+def _row_lengths(dataset):
+    """Tokens of each row, all columns of ids together, (n,)."""
+    rows = dataset.with_format("arrow")[:]
+    return sum(list_value_length(rows[name]).to_numpy() for name in rows.column_names if name.endswith("_ids"))
 
 
 @torch.no_grad()
@@ -362,9 +383,7 @@ def _check_apart(model, dataset, pad_id, max_length):
     A convolution or a recurrent state would carry one answer into the other, a sliding window is not in the mask, some
     models take no positions: too many architectures to list.
     """
-    pairs = dataset.with_format("arrow")[:]
-    lengths = sum(list_value_length(pairs[f"{name}_ids"]).to_numpy() for name in ("prompt", "chosen", "rejected"))
-    pair = dataset[int(np.argmax(lengths))]
+    pair = dataset[int(np.argmax(_row_lengths(dataset)))]
     batch = PairCollator(pad_id, (), max_length)([pair])
     prompt, answers = pair["prompt_ids"], (pair["chosen_ids"], pair["rejected_ids"])
     answers = [(prompt + answer)[:max_length][len(prompt) :] for answer in answers]
@@ -440,7 +459,10 @@ class CostTrainer(RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def train_scores(model, tokenizer, prompts, chosen, rejected, steps, batch_size, lr, seed, signs=None, max_length=None):
+def train_scores(
+    model, tokenizer, prompts, chosen, rejected, steps, batch_size, lr, seed, signs=None, max_length=None,
+    by_length=False,
+):  # fmt: skip
     """Train a scalar head by Bradley-Terry (TRL's RewardTrainer); with `signs`, Safe RLHF's cost model.
 
     For a cost model `chosen` holds the **costlier** answers and `signs` = (chosen, rejected), +1 unsafe, -1 safe.
@@ -457,5 +479,7 @@ def train_scores(model, tokenizer, prompts, chosen, rejected, steps, batch_size,
         kind, model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_dict(columns),
         data_collator=PairCollator(tokenizer.pad_token_id, names),
     )  # fmt: skip
+    if by_length:
+        _batch_by_length(trainer)
     run_steps(trainer, steps, seed)
     return trainer.state.log_history

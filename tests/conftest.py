@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from cdpo_utils import algorithms, bench, labs, policies
+from cdpo_utils import algorithms, bench, labs, policies, preflight
 from cdpo_utils.logprobs import pad
 
 torch.set_num_threads(1)
@@ -35,6 +35,12 @@ def pytest_collection_modifyitems(items):
 def cache_of_its_own(monkeypatch, tmp_path_factory):
     """No test reads or writes build/cache. Set per test, so that the notebooks, which follow, keep theirs."""
     monkeypatch.setenv("CDPO_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    """Pretrained models, whatever the processor would take, so that a test sees the same numbers everywhere."""
+    monkeypatch.setattr(preflight, "precision", lambda: torch.float32)
 
 
 @pytest.fixture(scope="session")

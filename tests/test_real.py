@@ -13,7 +13,7 @@ from test_train import launch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cdpo_utils import algorithms, data, fetch, judges, labs, policies, real, run, suite
+from cdpo_utils import algorithms, data, fetch, judges, labs, policies, preflight, real, run, suite
 from cdpo_utils.logprobs import response_logps
 
 TEMPLATE = (  # SmolLM2's, with its default system prompt
@@ -100,6 +100,39 @@ def opened(folder, **files):
 def made(folder, files, tmp_path, monkeypatch):
     monkeypatch.setenv("CDPO_CACHE", str(tmp_path))
     return opened(folder, data_file=files["data_file"])
+
+
+def test_in_bf16_what_is_trained_stays_in_float32(folder, files, tmp_path, monkeypatch):
+    """The precision of processors that multiply bf16 natively, and of GPUs; log-probabilities close to float32's."""
+    monkeypatch.setenv("CDPO_CACHE", str(tmp_path))
+    found = []
+    for precision in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(preflight, "precision", lambda precision=precision: precision)
+        made = opened(folder, data_file=files["data_file"])
+        ids = [made.lab.tokenizer(f"{tool} " * n)["input_ids"] for n, tool in enumerate(TOOLS, start=1)]
+        found.append(response_logps(made.lab.model, [[5, 6, 7]] * 8, ids, 2))
+    assert np.allclose(*found, rtol=0.02) and not np.array_equal(*found)
+    assert {p.dtype for p in made.lab.model.get_base_model().parameters() if not p.requires_grad} == {torch.bfloat16}
+    scorer = made.scorer("cost")
+    for model in (made.lab.model, scorer):
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    scores = policies.score(scorer, made.lab.tokenizer, ["Clean it?"] * 8, TOOLS)
+    assert np.isfinite(scores).all() and len(set(scores)) > 1
+    schedule = algorithms.Schedule(steps=2, **made.optimiser)
+    before = policies.digest(policies.snapshot(made.lab.model))
+    _, history = algorithms.dpo(made.lab, made.helpful, 0.1, schedule)
+    assert np.isfinite(history[-1]["train_loss"]) and policies.digest(policies.snapshot(made.lab.model)) != before
+
+
+@pytest.mark.parametrize(
+    ("known", "dtype"),
+    [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)],
+)
+def test_bf16_is_for_processors_that_multiply_it(monkeypatch, known, dtype):
+    monkeypatch.undo()  # of the tests' own precision
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert preflight.precision() == dtype
 
 
 def test_pairs_are_split_by_prompt_and_limited(made, files, folder):

@@ -218,7 +218,7 @@ def test_a_frozen_head_gives_the_same_log_probabilities_and_gradients(ours, monk
     for width in (10**6, 1):  # the vocabulary is the smaller of the two, then the larger
         monkeypatch.setattr(model.config, "hidden_size", width)
         out, logps = trainers._answer_logps(model, batch["input_ids"], batch["completion_mask"])
-        assert (out.logits.shape[1] == 1) == (width == 1), "only the last position, which nobody reads"
+        assert (out.logits.shape[1] == 0) == (width == 1), "nobody reads them"
         model.zero_grad()
         (logps * torch.arange(16.0)).sum().backward()
         seen.append((logps.detach(), watched.grad.clone()))
@@ -316,6 +316,30 @@ def test_a_second_round_goes_on_with_the_weights_and_restarts_the_schedule(ours)
     assert any(not torch.equal(p, after_first[name]) for name, p in trainer.model.named_parameters())
 
 
+def test_batches_by_length_pad_less_and_leave_nobody_out(tokenizer, reference, texts):
+    seen = {}
+    for by_length in (False, True):
+        rows = rows_of(reference, tokenizer, texts, 1.0)
+        trainer = trainers.preference_trainer(reference, tokenizer, rows, BETA, 2, 0.0, 0, by_length=by_length)
+        collate, batches = trainer.data_collator, []
+        trainer.data_collator = lambda rows, collate=collate, batches=batches: batches.append(rows) or collate(rows)
+        trainers.run_steps(trainer, 32, seed=0)  # two epochs of 32 pairs
+        seen[by_length] = batches[:32]
+    keys = [
+        sorted(str(row["chosen_ids"] + row["rejected_ids"]) for b in seen[True][k : k + 16] for row in b)
+        for k in (0, 16)
+    ]
+    everybody = sorted(str(a + b) for a, b in zip(rows["chosen_ids"][:], rows["rejected_ids"][:], strict=True))
+    assert keys[0] == keys[1] == everybody, "each pair once an epoch"
+    assert seen[True][:16] != seen[True][16:], "drawn anew"
+
+    def padded(batches):
+        lengths = [[sum(len(row[f"{n}_ids"]) for n in ("prompt", "chosen", "rejected")) for row in b] for b in batches]
+        return sum(max(batch) * len(batch) - sum(batch) for batch in lengths)
+
+    assert padded(seen[True]) < padded(seen[False])
+
+
 def test_the_seed_of_a_round_decides_the_order_of_rows(ours):
     seen = []
     for seed in (0, 0, 1):
@@ -377,9 +401,10 @@ def test_what_the_trainer_does_not_implement_is_refused(tokenizer, reference, te
 
 def test_what_we_override_exists():
     """Private names of TRL 1.16: were one to go, our override would never be called."""
-    for name in ("_compute_loss", "_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed"):
+    for name in ("_compute_loss", "_prepare_dataset", "_precompute_ref_logps", "_set_signature_columns_if_needed",
+                 "_get_train_sampler"):  # fmt: skip
         assert callable(getattr(DPOTrainer, name, None)), name
-    for name in ("compute_loss", "_set_signature_columns_if_needed"):
+    for name in ("compute_loss", "_set_signature_columns_if_needed", "_get_train_sampler"):
         assert callable(getattr(RewardTrainer, name, None)), name
 
 
