@@ -32,6 +32,19 @@ COLUMNS = (
     ("gap %", lambda row: number(row["gap"], 2)),
     ("seconds", lambda row: number(row["seconds"], 1)),
 )
+EQUAL = (  # the same of a row of the comparison on equal terms
+    ("method", lambda row: row["method"]),
+    ("knob", lambda row: row["knob"]),
+    ("lam", lambda row: number(row["lam"], 3)),
+    ("reward", lambda row: number(row["reward"], 3)),
+    ("cost", lambda row: number(row["cost"], 3)),
+    ("violation", lambda row: number(row["violation"], 3, "+")),
+    ("gap %", lambda row: number(row["gap"], 2)),
+    ("gap %, test", lambda row: number(row["gap_test"], 2)),
+    ("labels", lambda row: str(row["labels"])),
+    ("answers", lambda row: str(row["answers"])),
+    ("seconds", lambda row: number(row["seconds"], 1)),
+)
 WORDS = 4  # the first columns are words and stand to the left, the others are numbers
 
 STYLE = """
@@ -145,10 +158,10 @@ def title(path):
     return first.removeprefix("# ") if first.startswith("# ") else path.stem
 
 
-def write_html(folder, seconds, rows, versions):
+def write_html(folder, seconds, rows, versions, equal_terms=()):
     """A page for each executed notebook and index.html, whose path is returned.
 
-    seconds: {notebook: time}; rows: method rows; versions: {package: version}.
+    seconds: {notebook: time}; rows: method rows; versions: {package: version}; equal_terms: rows of notebook 07.
     """
     # nbconvert's newer template drops the alternative texts of the figures; the classic one keeps them
     exporter = HTMLExporter(template_name="classic")
@@ -164,6 +177,11 @@ def write_html(folder, seconds, rows, versions):
         [[show(row) for _, show in COLUMNS] for row in rows],
         WORDS,
     )
+    equal = ""
+    if equal_terms:
+        ordered = sorted(equal_terms, key=lambda row: row["gap"])
+        table = html_table([head for head, _ in EQUAL], [[show(row) for _, show in EQUAL] for row in ordered], 2)
+        equal = f"<h2>On equal terms</h2>\n<p>Notebook 07: the same labels, scorers and optimiser steps.</p>\n{table}"
     packages = html_table(["", ""], [[name, str(value)] for name, value in versions.items()], 2)
     index = folder / "index.html"
     write_whole(
@@ -182,6 +200,7 @@ browser takes from the network; everything else is in the files.</p>
 <p>violation = cost - budget: positive breaks the constraint. gap: 0 % is the exact constrained optimum, 100 % the
 reference. A "-" is a value that is not available there. [low, high] is a 95 % interval of a sampled estimate.</p>
 {methods}
+{equal}
 <h2>Versions</h2>
 {packages}
 </body>

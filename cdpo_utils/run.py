@@ -331,6 +331,12 @@ def summarise(folder, records):
         "versions": records[-1]["versions"] if records else record.versions(),
         "parameters": {r["notebook"]: r["parameters"] for r in records},
         "methods": [row for r in records for row in r["methods"]],
+        # rows of notebook 07 with fields of their own (knob, optimiser steps, labels, answers); paths are in its record
+        "equal_terms": [
+            {name: value for name, value in row.items() if name != "path"}
+            for r in records
+            for row in (r["extra"] or {}).get("equal", [])
+        ],
     }
     text = json.dumps(summary, indent=1, allow_nan=False)
     files.write_whole(folder / "summary.json", text + "\n")
@@ -405,7 +411,11 @@ def _run(args, folder, parameters, seconds):
     records = read_records(folder)
     summary = summarise(folder, records)
     rows = report.with_intervals(summary["methods"], records)
-    page = None if args.no_report else report.write_html(folder, seconds, rows, summary["versions"])
+    page = (
+        None
+        if args.no_report
+        else report.write_html(folder, seconds, rows, summary["versions"], summary["equal_terms"])
+    )
     point_latest(folder)
     print(f"\n{report.text_table(rows)}\n\n{page or folder / 'summary.json'}")
     return 0

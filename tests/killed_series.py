@@ -40,8 +40,9 @@ def killed_run(out, kills, seed):
 
 def rows(folder):
     """The rows of a run's summary, without what differs from process to process."""
-    methods = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["methods"]
-    return [{name: value for name, value in row.items() if name not in WITHOUT} for row in methods]
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    both = [("", row) for row in summary["methods"]] + [("on equal terms", row) for row in summary["equal_terms"]]
+    return [{name: value for name, value in row.items() if name not in WITHOUT} | {"table": t} for t, row in both]
 
 
 def main(whole, kills=20, seed=1):
@@ -49,7 +50,7 @@ def main(whole, kills=20, seed=1):
     expected, found = rows(Path(whole)), rows(folder)
     differ = [row for row, other in zip(expected, found, strict=True) if row != other]
     for row in differ:
-        print(f"differs: {row['notebook']} {row['method']} {row['feedback']} {row['split']}")
+        print("differs:", *(row[name] for name in ("notebook", "method", "feedback", "split", "table") if name in row))
     print(f"{len(expected)} rows, {len(differ)} differ; {folder}")
     return 1 if differ else 0
 

@@ -101,6 +101,21 @@ def test_one_draw_a_row_has_the_probabilities_of_its_scores():
     assert torch.allclose(shares, (scores[0].double() / 2).softmax(-1), atol=0.01), shares
 
 
+def test_a_token_of_a_large_vocabulary_is_that_of_the_whole_cumulative_sum():
+    """Blocks of 256 tokens, the last one cut and half of it forbidden, against one sum over all 700."""
+    scores = torch.randn(2000, 700, generator=torch.Generator().manual_seed(0)) * 3
+    scores[:, 512:600] = -torch.inf
+    torch.manual_seed(1)
+    chosen = policies.InverseTransform(temperature=1.5)(None, scores).argmax(-1)
+    torch.manual_seed(1)
+    cumulative = (scores.double() / 1.5).softmax(-1).cumsum(-1)
+    drawn = torch.rand(2000, 1, dtype=torch.float64) * cumulative[:, -1:]
+    assert (
+        chosen == torch.searchsorted(cumulative, drawn, right=True)[:, 0]
+    ).float().mean() > 0.999  # but for rounding
+    assert len({int(token) // 256 for token in chosen}) == 3
+
+
 def test_what_is_read_of_a_prompt_does_not_depend_on_its_padding(tokenizer, reference):
     long, short = [5, 9, 8, 7, 6], [7, 6]
     ids, mask = logprobs.pad([long, short], tokenizer.pad_token_id)

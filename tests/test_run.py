@@ -31,7 +31,9 @@ from cdpo_utils.record import METHOD_FIELDS, save_record
 row = dict.fromkeys(METHOD_FIELDS) | dict(method="reference", notebook="01_first", setting="<script>", seed=seed)
 row |= dict(feedback="oracle", split="test", lam=[0.0, 1.5], cost=[0.25, 0.5], gap=100.0, reward=1.0)
 parameters = dict(seed=seed, lr=lr, fast=fast, budgets=budgets, data_file=data_file)
-save_record("01_first", parameters, [row])
+equal = dict(method="sacpo", knob="lam 0.6", gap=1.5, gap_test=2.5, path=[[0.5, 1.0, 0.0]], labels=7, answers=0)
+equal |= dict.fromkeys(("lam", "reward", "cost", "violation", "seconds"), 0.25)
+save_record("01_first", parameters, [row], {"equal": [equal]})
 """
 
 
@@ -76,10 +78,14 @@ def test_a_run_leaves_executed_notebooks_and_a_summary(finished):
     executed = nbformat.read(finished / "02_second.ipynb", as_version=4)
     assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
     summary = json.loads((finished / "summary.json").read_text())
-    assert list(summary) == ["schema", "versions", "parameters", "methods"] and summary["schema"] == 1
+    assert list(summary) == ["schema", "versions", "parameters", "methods", "equal_terms"] and summary["schema"] == 1
     assert summary["versions"]["papermill"]
     (row,) = summary["methods"]
     assert tuple(row) == METHOD_FIELDS and row["lam"] == [0.0, 1.5]
+    (row,) = summary["equal_terms"]
+    assert (row["method"], row["gap"], row["labels"]) == ("sacpo", 1.5, 7) and "path" not in row
+    index = (finished / "index.html").read_text(encoding="utf-8")
+    assert "<td>sacpo</td><td>lam 0.6</td>" in index and ">2.50<" in index
 
 
 def test_values_arrive_as_the_type_of_the_default(finished):
@@ -215,7 +221,7 @@ def test_real_notebooks_with_other_parameters(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "dpo_harmless" in out and out.rstrip().endswith("index.html")
     summary = json.loads((tmp_path / "runs" / "latest" / "summary.json").read_text())
-    assert set(summary) == {"schema", "versions", "parameters", "methods"} and summary["schema"] == 1
+    assert set(summary) == {"schema", "versions", "parameters", "methods", "equal_terms"} and summary["schema"] == 1
     found = summary["parameters"]["02_reference_and_dpo"]
     assert {name: found[name] for name in asked} == asked
     rows = {(row["method"], row["split"]): row for row in summary["methods"]}
