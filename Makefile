@@ -50,7 +50,7 @@ run: $(STAMP)
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 figures: $(STAMP)
 	@test -e runs/latest || $(BIN)/python -m cdpo_utils.run

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from xdist.scheduler import LoadScopeScheduling
 
 from cdpo_utils import algorithms, bench, labs, policies, preflight
 from cdpo_utils.logprobs import pad
@@ -23,12 +24,23 @@ SIZES = dict(n_tasks=2, n_objects=3, n_situations=2, n_tools=3, n_manners=2, n_p
 LONGEST = 7  # tokens of the longest answer of this world, its end included
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the mark when its turn comes
-def pytest_collection_modifyitems(items):
+class Shares(LoadScopeScheduling):
+    """Of pytest-xdist: what goes together. Its own groups are lost on pytest 9.2, which keeps no `_nodeid`."""
+
+    def _split_scope(self, nodeid):
+        return "notebooks" if ".ipynb" in nodeid else nodeid
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_make_scheduler(config, log):
     """Notebooks are run by one process, one after the other: later ones find what earlier ones have trained."""
-    for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker(pytest.mark.xdist_group("notebooks"))
+    return Shares(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where there are several processes slow tests come first, so that none of them is waited for at the end."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -28,10 +28,15 @@ ENVIRONMENT = yaml.safe_load((ROOT / "environment.yml").read_text())
 TEXTS = ["pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run"]
 MAKEFILE = (ROOT / "Makefile").read_text()
 
-COMMANDS = {"jupyterlab", "nbmake", "pytest-xdist", "ruff", "nbstripout", "sphinx"}  # run, never imported
+COMMANDS = {"jupyterlab", "nbmake", "ruff", "nbstripout", "sphinx"}  # run, never imported
 BY_SPHINX = {"myst-nb", "furo"}  # loaded there by name
 BY_TRANSFORMERS = {"gguf"}  # imported there, when it is given a GGUF file
-IMPORTED_AS = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub", "tensorboardx": "tensorboardX"}
+IMPORTED_AS = {
+    "pyyaml": "yaml",
+    "pytest-xdist": "xdist",
+    "huggingface-hub": "huggingface_hub",
+    "tensorboardx": "tensorboardX",
+}
 
 
 @pytest.mark.parametrize("requirement", REQUIREMENTS, ids=str)
