@@ -7,8 +7,10 @@ package. The site takes nothing from the network and can be read from disk.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +22,7 @@ import nbformat
 
 from cdpo_utils import __version__, explorer, guard, record, report
 
-REPOSITORY = "OWNER/cdpo-utils"  # on GitHub: the one place that says where the notebooks can be opened from
+PLACEHOLDER = "OWNER/cdpo-utils"  # in the place of a repository on GitHub, where none is known
 TAG = f"v{__version__}"
 LAUNCHERS = {  # Binder's file is part of a query, where a slash must not stand for itself
     "Colab": "https://colab.research.google.com/github/{repository}/blob/{tag}/notebooks/{name}",
@@ -34,9 +36,22 @@ class NotReady(Exception):
     """Something that the book is made of is missing; the message says what, and what makes it."""
 
 
+@functools.cache
+def repository():
+    """owner/name on GitHub from which the notebooks can be opened: $GITHUB_REPOSITORY, which a workflow there has, else
+    that of the remote `origin`, else `PLACEHOLDER`."""
+    git = ["git", "-C", str(record.repo_root()), "remote", "get-url", "origin"]
+    try:
+        remote = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        remote = ""
+    found = re.search(r"\bgithub\.com[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?$", remote)
+    return os.environ.get("GITHUB_REPOSITORY") or (found[1] if found else PLACEHOLDER)
+
+
 def launch_links(name):
     """Markdown that opens a notebook, such as 04_c_dpo.ipynb, elsewhere, at the tag of this version."""
-    links = {where: url.format(repository=REPOSITORY, tag=TAG, name=name) for where, url in LAUNCHERS.items()}
+    links = {where: url.format(repository=repository(), tag=TAG, name=name) for where, url in LAUNCHERS.items()}
     return "Open in " + " · ".join(f"[{where}]({url})" for where, url in links.items())
 
 
@@ -122,7 +137,7 @@ def gather(run, folder, book, notebooks):
     words = {
         "notebooks": "\n".join(f"* [{title}]({name})" for name, title in titles.items()),
         "toctree": "\n".join(f"{title.partition(':')[0]} <{name}>" for name, title in titles.items()),
-        "repository": REPOSITORY,
+        "repository": repository(),
         "tag": TAG,
     }
     index = (book / "index.md").read_text(encoding="utf-8")
@@ -161,8 +176,8 @@ def main(argv=None):
     except NotReady as error:
         print(error, file=sys.stderr)
         return 2
-    if REPOSITORY.startswith("OWNER/"):
-        print(f"links to {', '.join(LAUNCHERS)} lead to {REPOSITORY}: set REPOSITORY in cdpo_utils/book.py")
+    if repository() == PLACEHOLDER:
+        print(f"no repository on GitHub is known: links to {', '.join(LAUNCHERS)} lead to {PLACEHOLDER}")
     return 0
 
 

@@ -42,7 +42,28 @@ def test_links_stand_under_the_title_at_the_tag():
     urls = re.findall(r"\((https://[^)]*)\)", cell.source)
     assert len(urls) == 3
     for url in urls:
-        assert book.REPOSITORY in url and f"v{book.__version__}" in url and url.endswith(NAMES[2])
+        assert book.repository() in url and f"v{book.__version__}" in url and url.endswith(NAMES[2])
+
+
+@pytest.mark.parametrize(
+    ("remote", "workflow", "expected"),
+    [
+        ("https://github.com/some-one/a.course.git", "", "some-one/a.course"),
+        ("git@github.com:some-one/course", "", "some-one/course"),
+        ("https://user:key@github.com/some-one/course/", "", "some-one/course"),
+        ("https://example.org/some-one/course.git", "", book.PLACEHOLDER),
+        ("https://notgithub.com.example.org/a/b", "", book.PLACEHOLDER),
+        ("", "", book.PLACEHOLDER),
+        ("https://github.com/some-one/course.git", "fork/course", "fork/course"),
+    ],
+)
+def test_links_lead_to_the_repository_that_the_notebooks_came_from(tmp_path, monkeypatch, remote, workflow, expected):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    if remote:
+        subprocess.run(["git", "-C", str(tmp_path), "remote", "add", "origin", remote], check=True)
+    monkeypatch.setattr(book.record, "repo_root", lambda: tmp_path)
+    monkeypatch.setenv("GITHUB_REPOSITORY", workflow)
+    assert book.repository.__wrapped__() == expected
 
 
 def test_the_prose_leads_to_other_notebooks_and_only_the_prose():
