@@ -1,4 +1,4 @@
-"""The whole series, killed at random moments, against one that was not: a check of half an hour, for the hand.
+"""The whole series, killed at random moments of each notebook, against one that was not: for the hand, twice its time.
 
     python -m cdpo_utils.run                          # a run that nobody kills, runs/<time>
     python tests/killed_series.py runs/<time> 20      # another one, killed 20 times; exit status 1 where they differ
@@ -7,6 +7,7 @@ It compares every row of the two summaries but for what time and memory were use
 SIGKILL: its kernels notice, or do not, as they would in an accident.
 """
 
+import contextlib
 import json
 import random
 import subprocess
@@ -18,24 +19,34 @@ WITHOUT = ("seconds", "peak_mib")
 RUN = [sys.executable, "-m", "cdpo_utils.run", "--no-report"]
 
 
-def killed_run(out, kills, seed):
-    """Run the series into `out`, killing it `kills` times; the folder of the run."""
+def killed_run(out, seconds, kills, seed):
+    """Run the series into `out`, killing it `kills` times, as often in each notebook as in any other, at a moment that
+    is uniform over the `seconds` it took {notebook: seconds}; the folder of the run."""
     rng, began = random.Random(seed), time.monotonic()
+    names = list(seconds)
     process = subprocess.Popen([*RUN, "--out", str(out)])
-    for k in range(kills):
-        try:
-            process.wait(rng.uniform(15, 60))
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    for k, name in enumerate(sorted((names[k % len(names)] for k in range(kills)), key=names.index), start=1):
+        while not (list(out.glob("2*/plan.json")) and len(done(out)) >= names.index(name)) and process.poll() is None:
+            time.sleep(0.2)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0, seconds[name]))
+        if process.poll() is not None:
+            raise SystemExit(f"the run ended with status {process.returncode} before it was killed for the {k}. time")
+        process.kill()
+        process.wait()
         (folder,) = out.glob("2*")
         kept = len(list(folder.glob("checkpoints/*/state")))
-        print(f"killed {k + 1} times, at {time.monotonic() - began:.0f} s; {kept} dual loops are kept", flush=True)
+        print(f"kill {k} at {time.monotonic() - began:.0f} s, in {name}; {kept} dual loops are kept", flush=True)
         process = subprocess.Popen([*RUN, "--resume", str(folder)])
     if status := process.wait():
         raise SystemExit(status)
-    return next(out.glob("2*"))
+    return folder
+
+
+def done(out):
+    """{notebook: seconds} of those that the run in `out` has done."""
+    found = list(out.glob("2*/done.json"))
+    return json.loads(found[0].read_text(encoding="utf-8")) if found else {}
 
 
 def rows(folder):
@@ -46,7 +57,8 @@ def rows(folder):
 
 
 def main(whole, kills=20, seed=1):
-    folder = killed_run(Path("build") / f"killed-{time.strftime('%Y%m%d-%H%M%S')}", int(kills), int(seed))
+    seconds = json.loads((Path(whole) / "done.json").read_text(encoding="utf-8"))
+    folder = killed_run(Path("build") / f"killed-{time.strftime('%Y%m%d-%H%M%S')}", seconds, int(kills), int(seed))
     expected, found = rows(Path(whole)), rows(folder)
     differ = [row for row, other in zip(expected, found, strict=True) if row != other]
     for row in differ:
