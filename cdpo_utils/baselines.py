@@ -117,11 +117,12 @@ def implicit_scores(lab, policy, samples, beta):
     return beta * ratio.reshape(-1, n)
 
 
-def pecan(lab, reward, cost, samples, improvement, beta, schedule):
+def pecan(lab, reward, cost, samples, improvement, beta, schedule, labels="soft"):
     """PeCAN (arXiv:2405.19544): one-shot with the implicit scores of two DPO policies in the place of scorers.
 
     reward, cost (P, n): `implicit_scores` of DPO on helpfulness, and minus those of DPO on safety, on the reference's
-    `samples`. Such costs have no zero, so the budget is `improvement`, in units of cost, below their mean.
+    `samples`. Such costs have no zero, so the budget is `improvement`, in units of cost, below their mean. `labels`:
+    see `algorithms.preference_probability`.
     Returns (policy, multiplier). Raises ValueError where no choice among the samples costs so little.
     """
     solution = dual.one_shot(reward, cost[..., None], beta, cost.mean() - improvement)
@@ -129,7 +130,7 @@ def pecan(lab, reward, cost, samples, improvement, beta, schedule):
         raise ValueError(f"pecan: no choice among the samples costs {improvement} less than they do on average")
     feedback = Feedback(lambda *_: reward.ravel(), lambda *_: cost.reshape(-1, 1), "learned")
     pairs, difference = algorithms.sampled_pairs(lab, samples, feedback, schedule.seed)
-    p = algorithms.preference_probability(difference, solution.lam, "soft", None)
+    p = algorithms.preference_probability(difference, solution.lam, labels, np.random.default_rng([schedule.seed, 6]))
     policy = lab.new_policy(schedule.seed)
     algorithms.train_once(lab, policy, pairs, beta, schedule, p)
     return policy, float(solution.lam[0])

@@ -6,7 +6,7 @@
 `steps` optimiser steps of 64 pairs are what each policy may be trained for, in all stages and rounds together; a step
 on sampled answers takes two in the place of a pair. The knob of each method has three values, of which the one with the
 smallest gap on a validation world is taken; the test worlds have other rewards, costs and labels. With several numbers
-of steps knobs are chosen at the largest. What a paper recommends for a knob (PAPERS) is run beside the chosen value.
+of steps knobs are chosen at the largest. What a method's own paper recommends or ran (PAPERS) is run beside it.
 With --budgets nothing is chosen: knobs are those of TUNED, found at budget 0, at every budget.
 
 Feedback is learned for all: scorers where a method needs them, trained on one pass over all labels, which is more than
@@ -15,6 +15,7 @@ how many sampled answers it had scored (`answers`).
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -84,12 +85,17 @@ TUNED = {  # chosen by the command above, on the validation world
     "dual_descent": 2.0,
     "pd_dpo": 1.0,
 }
-PAPERS = {  # values that papers recommend for a knob, where they name one and its unit is ours
+PAPERS = {  # what papers recommend or ran: a value of the knob where its unit is ours, else see `as_published`
     "safe_dpo": 10.0,  # arXiv:2505.20065
     "sacpo": 4.0,  # arXiv:2404.11049: beta / lam = 0.025 at beta = 0.1, the middle of its grid
     "p_sacpo": 0.25,  # the same: q = 0.75 of the weights are the cautious policy's
     "modpo": 1.0,  # arXiv:2310.03708: w = 0.5, the middle of its grid, is lam = (1 - w) / w
     "safe_rlhf": 0.01,  # arXiv:2310.12773, first round
+    "pecan": "drawn labels",  # arXiv:2405.19544, second stage: a label is drawn from sigmoid(difference of scores)
+    "one_shot": "drawn labels",  # MoCAN of the same paper
+    "c_dpo": "lam 0.4, fixed",  # arXiv:2403.02475: the row of its table that is nearest to its budget
+    "dual_descent": "4 rounds, drawn labels",  # arXiv:2505.19387: T = 4 rounds of one epoch, from one-shot's multiplier
+    "pd_dpo": "lam 5, fixed",  # arXiv:2510.05703, first version: the multiplier of all its runs
 }
 CAUTIOUS = 4.0  # the multiplier that P-SACPO overshoots with before it merges
 REFERENCE_SAMPLES = 64  # answers per prompt, for methods that learn from the reference's own answers
@@ -181,14 +187,7 @@ def train(method, knob, task):
     drawn = task.drawn()
     stored = REFERENCE_SAMPLES * len(lab.prompts)
     if method == "pecan":
-        third, scores = task.hard(steps / 3, knob), []
-        for pairs in (made.helpful, made.safety):
-            policy, _ = algorithms.dpo(lab, pairs, beta, third)
-            scores.append(baselines.implicit_scores(lab, policy, drawn, beta))
-        improvement = dual.prompt_mean(task.feedback.on(drawn)[1])[0] - budget  # its own costs have no zero
-        last = task.soft(steps / 3, knob)
-        policy, lam = baselines.pecan(lab, scores[0], -scores[1], drawn, improvement, beta, last)
-        return Trained(policy, lam, stored)
+        return _pecan(task, drawn, knob)
     feedback = baselines.rectified(task.feedback, budget) if method == "repo" else task.feedback
     if method in ("repo", "one_shot"):
         lam = knob if method == "repo" else algorithms.starting_lam(feedback.on(drawn), beta, budget)
@@ -206,6 +205,46 @@ def train(method, knob, task):
     raise ValueError(f"method {method!r}; expected one of {', '.join(KNOBS)}")
 
 
+def as_published(method, task):
+    """`train` as PAPERS says in words, with the same labels and number of steps."""
+    made, beta, budget, steps = task.made, task.beta, task.budget, task.steps
+    lab = made.lab
+    if method == "c_dpo":
+        frame = made.frame.head(20_000)
+        pairs = frame.assign(chosen=frame.response_0, rejected=frame.response_1)
+        policy, descent = algorithms.c_dpo(
+            lab, pairs, task.feedback, budget, beta, task.soft(steps), samples=2, lam=0.4, max_rounds=1
+        )
+        return Trained(policy, float(descent.lam[0]))
+    if method == "pd_dpo":  # without the dual update a round is SACPO's second step
+        pi_r, _ = algorithms.dpo(lab, made.helpful, beta, task.hard(steps / 2))
+        return Trained(baselines.sacpo(lab, pi_r, made.safety, 5.0, beta, task.hard(steps / 2)), 5.0)
+    drawn = task.drawn()
+    stored = REFERENCE_SAMPLES * len(lab.prompts)
+    if method == "pecan":
+        return _pecan(task, drawn, labels="sampled")
+    lam = algorithms.starting_lam(task.feedback.on(drawn), beta, budget)
+    rounds = 1 if method == "one_shot" else 4
+    schedule = dataclasses.replace(task.soft(steps / rounds), round_steps=steps // rounds)
+    policy, descent = algorithms.dual_descent(
+        lab, drawn, task.feedback, budget, beta, schedule, labels="sampled", samples=2 if rounds == 1 else SAMPLES,
+        dual_lr=0.5, lam=lam, max_rounds=rounds, tolerance=0.0,
+    )  # fmt: skip
+    return Trained(policy, float(descent.lam[0]), stored) if rounds == 1 else _of_descent(policy, descent, stored)
+
+
+def _pecan(task, drawn, rate=1.0, labels="soft"):
+    made, beta, steps = task.made, task.beta, task.steps
+    scores = []
+    for pairs in (made.helpful, made.safety):
+        policy, _ = algorithms.dpo(made.lab, pairs, beta, task.hard(steps / 3, rate))
+        scores.append(baselines.implicit_scores(made.lab, policy, drawn, beta))
+    improvement = dual.prompt_mean(task.feedback.on(drawn)[1])[0] - task.budget  # its own costs have no zero
+    last = task.soft(steps / 3, rate)
+    policy, lam = baselines.pecan(made.lab, scores[0], -scores[1], drawn, improvement, beta, last, labels)
+    return Trained(policy, lam, REFERENCE_SAMPLES * len(made.lab.prompts))
+
+
 def _of_descent(policy, descent, stored=0):
     done = np.cumsum([r["steps"] for r in descent.rounds]) / descent.steps
     path = [[float(share), r["lam"][0], r["cost"][0]] for share, r in zip(done, descent.rounds, strict=True)]
@@ -219,14 +258,17 @@ def swing(path):
 
 
 def run_one(method, knob, seed, settings):
-    """One training, judged exactly on training and unseen prompts: a row of the comparison (JSON values)."""
+    """One training, judged exactly on training and unseen prompts: a row of the comparison (JSON values).
+
+    A `knob` in words asks for the method `as_published`."""
     made, truths = suite.opened(settings | {"seed": seed})
     feedback = made.learned_feedback(*made.scorers())  # everyone's: no part of the seconds
     task = Task(made, feedback, settings["beta"], float(truths["train"].budget[0]), settings["steps"])
     made.lab.cache.clear()  # nor is anyone given the reference's log-probabilities that another method needed, too
     started = time.time()
-    done = train(method, knob, task)
-    looked_at = 64 * task.steps * HARD.get(method, 0) + 2 * settings["n_pairs"] * (method in SCORED)
+    done = as_published(method, task) if isinstance(knob, str) else train(method, knob, task)
+    scored = method in SCORED and (method, knob) != ("pd_dpo", PAPERS["pd_dpo"])
+    looked_at = 64 * task.steps * HARD.get(method, 0) + 2 * settings["n_pairs"] * scored
     row = {"method": method, "knob": knob, "seed": seed, "steps": settings["steps"], "lam": done.lam}
     row |= {"seconds": time.time() - started, "answers": done.answers, "labels": round(looked_at), "path": done.path}
     for split, truth in truths.items():
@@ -365,7 +407,8 @@ def table(rows):
     frame = pd.DataFrame(rows).assign(spreads=lambda row: row.violation / row.spread)
     lines = []
     for (method, knob, steps), mine in frame.groupby(["method", "knob", "steps"], sort=False):
-        line = {"method": method, "knob": f"{KNOBS[method][0]} {knob:g}", "steps": steps, "seeds": len(mine)}
+        label = knob if isinstance(knob, str) else f"{KNOBS[method][0]} {knob:g}"
+        line = {"method": method, "knob": label, "steps": steps, "seeds": len(mine)}
         for name, column in (("gap", "gap"), ("gap test", "gap_test"), ("violation", "spreads")):
             line[name], line[f"{name} ±"] = mine[column].mean(), half_width(mine[column])
         worst = mine.spreads.abs().max()

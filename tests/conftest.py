@@ -31,6 +31,7 @@ class Shares(LoadScopeScheduling):
         return "notebooks" if ".ipynb" in nodeid else nodeid
 
 
+@pytest.hookimpl(optionalhook=True)  # where xdist is left out
 def pytest_xdist_make_scheduler(config, log):
     """Notebooks are run by one process, one after the other: later ones find what earlier ones have trained."""
     return Shares(config, log)

@@ -49,6 +49,31 @@ def test_each_method_spends_no_more_than_the_others(method, looked_at):
     json.dumps(row, allow_nan=False)
 
 
+WORDS = {method: setting for method, setting in comparison.PAPERS.items() if isinstance(setting, str)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", WORDS)
+def test_what_papers_ran_spends_as_much_and_is_what_the_words_say(method, looked_at, monkeypatch):
+    asked, real = [], comparison.algorithms.preference_probability
+
+    def preference_probability(scores, lam, labels, rng):
+        asked.append((labels, float(lam[0])))
+        return real(scores, lam, labels, rng)
+
+    monkeypatch.setattr(comparison.algorithms, "preference_probability", preference_probability)
+    row = comparison.run_one(method, WORDS[method], 0, SETTINGS)
+    assert sum(looked_at) == 24 * 64 and row["knob"] == WORDS[method] and np.isfinite([row["gap"], row["cost"]]).all()
+    if "drawn labels" in WORDS[method]:
+        assert [labels for labels, _ in asked] == ["sampled"] * (4 if method == "dual_descent" else 1)
+    else:
+        fixed = float(WORDS[method].split()[1].rstrip(","))
+        assert row["lam"] == fixed and {lam for _, lam in asked} <= {fixed} and not row["path"]
+        labels = {"c_dpo": 2 * 600, "pd_dpo": 24 * 64}  # of scorers, of the policy's pairs
+        assert row["labels"] == labels[method]
+    json.dumps(row, allow_nan=False)
+
+
 def test_the_validation_world_is_refused_as_a_test(capsys):
     assert comparison.main(["--seeds", "0", "100"]) == 2
     assert "seed 100 is the validation world" in capsys.readouterr().err
@@ -81,7 +106,9 @@ def test_the_command_tunes_and_writes_its_rows(tmp_path):
     assert done.returncode == 0, done.stderr[-1000:]
     found = json.loads((tmp_path / "comparison.json").read_text())
     assert len(found["tuning"]) == 6 and [row["method"] for row in found["rows"]] == ["safe_rlhf", "dual_descent"] * 2
-    assert [row["steps"] for row in found["rows"]] == [4, 4, 8, 8] and len(found["papers"]) == 1
+    assert [row["steps"] for row in found["rows"]] == [4, 4, 8, 8]
+    assert [row["knob"] for row in found["papers"]] == [0.01, "4 rounds, drawn labels"]
+    assert "4 rounds, drawn labels" in done.stdout
     assert "safe_rlhf" in done.stdout and "dual_descent" in done.stdout
     assert done.stdout.count("multiplier swings by") == 6 + 4, "of each value tried, and of each row"
     for name in ("gaps", "plane", "compute", "multipliers"):
