@@ -6,7 +6,9 @@ Time: all trainers but the naive one live in one process and take turns; the tab
 a machine that slows down slows all of them. Memory, and the naive trainer's time: each alone in a fresh process; peak
 RSS, on a GPU the allocator's peak. The naive trainer keeps three models in memory, policy, reference and reward policy,
 and runs all of them in every step, as two-stage primal-dual DPO reads when it is written down.
-Sizes other than the bench are Llamas with random weights (time and memory do not depend on them) and LoRA.
+Sizes other than the bench are Llamas with random weights (time and memory do not depend on them) and LoRA. Without a
+GPU their last row is of pairs that were seen before: what the layers below the adapters make of them is kept
+(`cdpo_utils.trunk`).
 """
 
 import argparse
@@ -26,8 +28,12 @@ from trl import DPOConfig, DPOTrainer
 
 from cdpo_utils import algorithms, beaver, labs, losses, policies, real, record, trainers
 from cdpo_utils.logprobs import token_logps
+from cdpo_utils.trunk import Trunk
 
-KINDS = ("stock TRL DPO", "C-DPO / dual descent (soft labels)", "PD-DPO stage 2", "naive PD-DPO, three models")
+KINDS = (
+    "stock TRL DPO", "C-DPO / dual descent (soft labels)", "PD-DPO stage 2", "naive PD-DPO, three models",
+    "soft labels, pairs seen before",
+)  # fmt: skip
 BETA, LAM = 1.0, 0.65
 
 
@@ -86,6 +92,11 @@ class Naive(trainers.PreferenceTrainer):
         return (loss, out) if return_outputs else loss
 
 
+def kinds(size):
+    """The rows of a size's table."""
+    return KINDS[:4] if size.shape is None or torch.cuda.is_available() else KINDS
+
+
 def model_and_tokenizer(size):
     """A new policy and its tokenizer."""
     if size.shape is None:
@@ -124,6 +135,10 @@ def rows(size, tokenizer, pairs):
 def build(kind, size):
     """A trainer over the same pairs, ready for steps."""
     model, tokenizer = model_and_tokenizer(size)
+    if kind == KINDS[4]:
+        base = model.get_base_model()
+        base.trunk = Trunk(base, real.frozen_layers(base), real.FORWARD_TOKENS)
+        base.trunk.attach(base)
     dataset = rows(size, tokenizer, size.batch * size.steps)
     if kind == KINDS[0]:
         args = trainers._arguments(DPOConfig, size.batch, 5e-3, 0, beta=BETA, max_length=None,
@@ -171,11 +186,11 @@ def main():
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     children = []
-    for k in range(len(KINDS)):  # before this process holds memory of its own
+    for k in range(len(kinds(size))):  # before this process holds memory of its own
         command = [sys.executable, __file__, "--size", args.size, "--alone", str(k)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         children.append(json.loads(done.stdout.splitlines()[-1]))
-    built = {kind: build(kind, size) for kind in KINDS[:3]}
+    built = {kind: build(kind, size) for kind in kinds(size) if kind != KINDS[3]}
     tokens = {kind: seconds(trainer, size, 0)[1] for kind, trainer in built.items()}
     taken = {kind: [] for kind in built}
     for turn in range(size.turns):
@@ -186,7 +201,7 @@ def main():
         f"{args.size}: batch {size.batch} pairs, {device}, {record.versions()['platform']}, torch {torch.__version__}"
     )
     print(f"{'step':36s} {'ms/step':>8s} {'x stock':>8s} {'tokens/s':>9s} {'peak MiB':>9s} {'x stock':>8s}")
-    for kind, child in zip(KINDS, children, strict=True):
+    for kind, child in zip(kinds(size), children, strict=True):
         own = np.array(taken.get(kind, [child["seconds"]]))
         ratio = np.median(own / stock) if kind in taken else own[0] / np.median(stock)
         rate = tokens[KINDS[1]] / np.median(own)  # the same batches for all

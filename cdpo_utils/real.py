@@ -21,13 +21,14 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from cdpo_utils import beaver, data, evaluate, guard, judges, policies, preflight, record, vllm_sampling
+from cdpo_utils import beaver, data, evaluate, guard, judges, policies, preflight, ranks, record, vllm_sampling
 from cdpo_utils.algorithms import Feedback, Lab
 from cdpo_utils.cache import cached_json, cached_weights
 from cdpo_utils.data import DataError
 from cdpo_utils.fetch import model_folder
 from cdpo_utils.labs import SCORERS, train_scorer, trained_feedback
 from cdpo_utils.logprobs import response_logps
+from cdpo_utils.trunk import Trunk
 
 HUB = {
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -160,6 +161,8 @@ class Real:
         getattr(model, model.base_model_prefix).load_state_dict(self.backbone, assign=True)
         torch.nn.init.zeros_(model.score.weight)
         model.score.float().register_forward_pre_hook(_in_float32)
+        if trunk := getattr(base, "trunk", None):
+            trunk.attach(model)
         return get_peft_model(model.to(base.device), lora(model, task_type="SEQ_CLS", modules_to_save=["score"]))
 
     def learned_feedback(self, reward_model, cost_model):
@@ -333,10 +336,15 @@ def _lengths(drawn):
 def lora(model, **more):
     """Adapters on all projections of the upper half of the layers: nothing below needs gradients or kept activations,
     which halves the memory of a step and saves a quarter of its time. On all linear layers where names differ."""
-    layers = range(model.config.num_hidden_layers // 2, model.config.num_hidden_layers)
-    upper = rf".*\.layers\.({'|'.join(map(str, layers))})\..*_proj"
-    known = any(re.fullmatch(upper, name) for name, _ in model.named_modules())
-    return LoraConfig(**LORA, target_modules=upper if known else "all-linear", **more)
+    layers = map(str, range(frozen_layers(model), model.config.num_hidden_layers))
+    upper = rf".*\.layers\.({'|'.join(layers)})\..*_proj"
+    return LoraConfig(**LORA, target_modules=upper if frozen_layers(model) else "all-linear", **more)
+
+
+def frozen_layers(model):
+    """The number of layers below the first adapter of `lora`."""
+    named = any(re.fullmatch(r".*\.layers\.\d+\..*_proj", name) for name, _ in model.named_modules())
+    return model.config.num_hidden_layers // 2 if named else 0
 
 
 def interval_table(intervals):
@@ -387,6 +395,9 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     backbone = getattr(base, base.base_model_prefix).state_dict()
     torch.manual_seed(seed)
     policy = get_peft_model(base, lora(base, task_type="CAUSAL_LM"))
+    if base.device.type == "cpu" and ranks.world() == 1 and frozen_layers(base):
+        base.trunk = Trunk(base, frozen_layers(base), FORWARD_TOKENS)
+        base.trunk.attach(base)
     lab = Lab(policy, tokenizer, [], max_new_tokens, max_length, SAMPLE_ROWS, FORWARD_TOKENS, judged=whole)
     lab.sampler = vllm_sampling.sample if vllm else None
     train, held_out, notes, done = {}, {}, [], {}

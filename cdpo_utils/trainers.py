@@ -5,6 +5,7 @@ no hook for a loss per pair, so `PreferenceTrainer` overrides `_compute_loss`, w
 tests/test_trainers.py compares it with the stock trainer step by step.
 """
 
+import contextlib
 import gc
 import tempfile
 from copy import deepcopy
@@ -166,9 +167,9 @@ def _behind_one_prompt(ids, completion_mask, dtype):
     """Both answers of each pair in one row, so that their prompt is run once.
 
     Takes rows (2n, width), chosen above rejected, padded on the right. A new row (n, length) is prompt, chosen,
-    rejected, each answer led by a copy of the prompt's last token, which predicts its first. Returns ids, positions,
-    the additive attention mask by which an answer sees the prompt and itself only, and where answers are: 1 chosen, 2
-    rejected, 0 neither.
+    rejected, each answer led by a copy of the prompt's last token, which predicts its first. Returns the places that
+    its tokens come from (see `_taken`), positions, the additive attention mask by which an answer sees the prompt and
+    itself only, and where answers are: 1 chosen, 2 rejected, 0 neither.
     """
     width = ids.shape[1]
     chosen, rejected = completion_mask.sum(1)[:, None].chunk(2)
@@ -179,15 +180,19 @@ def _behind_one_prompt(ids, completion_mask, dtype):
     place = torch.arange(-(-int(end.max()) // MULTIPLE) * MULTIPLE, device=ids.device)[None]
     branch = (place >= prompt - 1).long() + (place >= second) + (place >= end)  # 0 prompt, 1, 2, 3 padding
     positions = (place - (chosen + 1) * (place >= second)).clamp(0, width - 1)
-    packed = torch.cat(ids.chunk(2), 1).gather(
-        1, torch.where(place < second, place.clamp(max=width - 1), width + positions)
-    )
+    source = torch.where(place < second, place.clamp(max=width - 1), width + positions)
     sees = (branch[:, :, None] == branch[:, None]) | (branch[:, None] == 0)
     sees = (sees & (place[0][:, None] >= place[0]))[:, None]
     bias = torch.zeros(sees.shape, dtype=dtype, device=ids.device).masked_fill(~sees, torch.finfo(dtype).min)
     goes_on = torch.zeros_like(branch)
     goes_on[:, 1:] = (branch[:, 1:] == branch[:, :-1]) & (branch[:, 1:] < 3)
-    return packed, positions, bias, branch * goes_on
+    return source, positions, bias, branch * goes_on
+
+
+def _taken(rows, source):
+    """Of rows (2n, width, ...), chosen above rejected, what is at the places `source` (n, length) of both in a row."""
+    both = torch.cat(rows.chunk(2), 1)
+    return both[torch.arange(len(both), device=rows.device)[:, None], source]
 
 
 def _answer_logps(model, ids, completion_mask):
@@ -198,18 +203,22 @@ def _answer_logps(model, ids, completion_mask):
     on the bench, keeping them is faster than both.
     """
     inner = getattr(model, "module", model)  # several processes wrap the model
-    ids, positions, bias, answer = _behind_one_prompt(ids, completion_mask, inner.dtype)
+    source, positions, bias, answer = _behind_one_prompt(ids, completion_mask, inner.dtype)
+    trunk = getattr(inner, "trunk", None)
+    lower = contextlib.nullcontext() if trunk is None else trunk.giving(_taken(trunk(ids), source))
+    ids = _taken(ids, source)
     settings = dict(position_ids=positions, attention_mask=bias, use_cache=False)
     weight = frozen_head(inner) if ids.device.type == "cpu" else None
-    if inner.config.vocab_size <= inner.config.hidden_size:
-        out = model(input_ids=ids, **settings)
-        logps = token_logps(out.logits[:, :-1].float(), ids[:, 1:])
-    elif weight is not None:
-        out, logps = marked_logps(model, weight, ids, answer[:, 1:] > 0, **settings)
-    else:
-        labels = ids.masked_fill(answer == 0, -100)
-        out = model(input_ids=ids, labels=labels, fused_lm_head=True, **settings)
-        logps = out.log_probs
+    with lower:
+        if inner.config.vocab_size <= inner.config.hidden_size:
+            out = model(input_ids=ids, **settings)
+            logps = token_logps(out.logits[:, :-1].float(), ids[:, 1:])
+        elif weight is not None:
+            out, logps = marked_logps(model, weight, ids, answer[:, 1:] > 0, **settings)
+        else:
+            labels = ids.masked_fill(answer == 0, -100)
+            out = model(input_ids=ids, labels=labels, fused_lm_head=True, **settings)
+            logps = out.log_probs
     return out, torch.cat([(logps * (answer[:, 1:] == side)).sum(1) for side in (1, 2)])
 
 

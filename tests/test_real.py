@@ -197,6 +197,21 @@ def test_all_models_share_one_set_of_base_weights(made):
     assert all(p.requires_grad == ("lora" in n or "modules_to_save" in n) for n, p in reward_model.named_parameters())
 
 
+def test_the_frozen_layers_run_once_for_all_models(made):
+    """Log-probabilities of policy and reference, reward and cost: one pass below the adapters, four above them."""
+    seen, layers = [], made.lab.model.get_base_model().get_decoder().layers
+    layers[0].register_forward_hook(lambda *_: seen.append(1))
+    feedback = made.learned_feedback(made._scorer(1), made._scorer(2))
+    lab = made.lab
+    ids = policies.encode_prompts(lab.tokenizer, ["Take wax."]), policies.encode_answers(lab.tokenizer, ["Take wax."])
+    response_logps(lab.model, *ids, lab.tokenizer.pad_token_id)
+    with policies.as_reference(lab.model):
+        response_logps(lab.model, *ids, lab.tokenizer.pad_token_id)
+    for score in (feedback.reward, feedback.costs):
+        assert np.isfinite(score(["Take wax."], ["Take wax."])).all()
+    assert len(seen) == 1 and len(lab.model.trunk.known) == 1
+
+
 def test_scorers_train_are_cached_and_leave_the_base_alone(made, monkeypatch):
     before = {n: t.clone() for n, t in made.backbone.items()}
     first = made.scorers()
