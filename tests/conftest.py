@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import functools
 import hashlib
 from types import SimpleNamespace
 
@@ -28,6 +29,8 @@ class Shares(LoadScopeScheduling):
     """Of pytest-xdist: what goes together. Its own groups are lost on pytest 9.2, which keeps no `_nodeid`."""
 
     def _split_scope(self, nodeid):
+        if "test_two_processes" in nodeid:  # which are held to the same run of one process
+            return nodeid.partition("[")[0]
         return "notebooks" if ".ipynb" in nodeid else nodeid
 
 
@@ -53,6 +56,19 @@ def cache_of_its_own(monkeypatch, tmp_path_factory):
 def in_float32(monkeypatch):
     """Pretrained models, whatever the processor would take, so that a test sees the same numbers everywhere."""
     monkeypatch.setattr(preflight, "precision", lambda: torch.float32)
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory):
+    """(method, text of a configuration) -> the folder and the result of one process, which is run once."""
+    from test_train import launch
+
+    @functools.cache
+    def launched(method, text):
+        folder = tmp_path_factory.mktemp("by-one")
+        return folder, launch(folder, 1, method, folder / "cache", text)
+
+    return launched
 
 
 @pytest.fixture(scope="session")

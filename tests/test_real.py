@@ -529,13 +529,13 @@ def test_the_series_runs_on_a_pretrained_model_and_the_comparison_reads_it(folde
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "sharded"), [("pd_dpo", False), ("dual_descent", False), ("pd_dpo", True)])
-def test_two_processes_train_and_judge_a_pretrained_policy(folder, files, tmp_path, method, sharded):
+def test_two_processes_train_and_judge_a_pretrained_policy(folder, files, by_one, tmp_path, method, sharded):
     """The script twin on files: scorers, adapter, sampling and dual steps by two ranks as by one."""
     text = (
         f"method: {{method}}\nfeedback: learned\nmodel: {folder}\ndata_file: {files['data_file']}\nout: {{out}}\n"
         "n_pairs: 16\nsteps: 4\nmax_rounds: 2\nn_prompts: 6\nmax_new_tokens: 6\nmax_length: 96\nbeta: 0.1\nshards: 2\n"
     )
-    one, two = (launch(tmp_path, n, method, tmp_path / f"cache-{n}", text, sharded and n > 1) for n in (1, 2))
+    (alone_in, one), two = by_one(method, text), launch(tmp_path, 2, method, tmp_path / "cache", text, sharded)
     assert (one["processes"], two["processes"]) == (1, 2) and len(one["rounds"]) == len(two["rounds"]) == 2
     for a, b in zip(one["rounds"], two["rounds"], strict=True):
         assert a["steps"] == b["steps"] and a["samples"] == b["samples"] == 12
@@ -547,8 +547,8 @@ def test_two_processes_train_and_judge_a_pretrained_policy(folder, files, tmp_pa
         )
     base, _ = real.load_model(str(folder))
     kept, alone = (
-        PeftModel.from_pretrained(deepcopy(base), tmp_path / by / method).state_dict()
-        for by in (f"by-2{'-sharded' * sharded}", "by-1")
+        PeftModel.from_pretrained(deepcopy(base), path / method).state_dict()
+        for path in (tmp_path / f"by-2{'-sharded' * sharded}", alone_in / "by-1")
     )
     assert any(value.abs().max() > 0 for name, value in kept.items() if "lora_B" in name)
     assert all(torch.allclose(value, alone[name], atol=1e-4) for name, value in kept.items())
