@@ -30,6 +30,8 @@ from papermill.exceptions import PapermillExecutionError
 from cdpo_utils import files, guard, progress, record, report
 
 KINDS = {"bool": bool, "int": int, "float": float, "str": str}
+# what reading a file of JSON raises that is not what was written there
+UNREADABLE_JSON = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class NotUnderstood(Exception):
@@ -56,14 +58,11 @@ def parse(argv):
 
 
 def begin(args, notebooks):
-    """A new run as its arguments say, or the one to be resumed: (folder, {notebook: parameters}, seconds of done ones).
+    """A new run as its arguments say, or the one to be resumed: (folder, {notebook: parameters}).
 
     The plan is kept in the folder, with a digest of the code and the notebooks that it is for.
     """
-    code = hashlib.sha256(record.source_hash().encode())
-    for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
-        code.update(path.read_bytes())
-    code = code.hexdigest()
+    code = code_digest(notebooks)
     if args.resume:
         if args.only or args.pairs or args.params or args.seed is not None or args.setting != "bench":
             raise NotUnderstood("--resume goes on as the run was begun; expected no parameters beside it")
@@ -71,17 +70,12 @@ def begin(args, notebooks):
         try:
             plan_ = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
             parameters = {guard.inside(notebooks, name): dict(values) for name, values in plan_["parameters"].items()}
-            done = folder / "done.json"
-            seconds = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
-            seconds = {path.stem: float(seconds[path.stem]) for path in parameters if path.stem in seconds}
-            seconds = {stem: taken for stem, taken in seconds.items() if whole(folder, stem)}
             begun_with = plan_["code"]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {guard.one_line(error)}"
-            raise NotUnderstood(f"--resume {args.resume}: {reason}; expected the folder of a run") from None
+        except UNREADABLE_JSON as error:
+            raise no_run(args.resume, error) from None
         if begun_with != code:
             raise NotUnderstood(f"--resume {args.resume}: begun with other code or notebooks; start a new run")
-        return folder, parameters, seconds
+        return folder, parameters
     only = [item for group in args.only for item in group.split(",") if item]
     chosen = select(notebooks, only, args.setting)
     given = read_yaml(args.params) if args.params else {}
@@ -90,7 +84,32 @@ def begin(args, notebooks):
     folder = new_folder((args.out or record.repo_root() / "runs").absolute())
     begun = {"code": code, "parameters": {path.name: v for path, v in parameters.items()}}
     files.write_whole(folder / "plan.json", json.dumps(begun, indent=1))
-    return folder, parameters, {}
+    return folder, parameters
+
+
+def code_digest(notebooks):
+    """Of the package and of a folder of notebooks."""
+    code = hashlib.sha256(record.source_hash().encode())
+    for path in sorted(notebooks.glob("[0-9][0-9]_*.ipynb")):
+        code.update(path.read_bytes())
+    return code.hexdigest()
+
+
+def no_run(folder, error):
+    """NotUnderstood, which says what is wrong with a folder that was to be gone on with."""
+    reason = f"{type(error).__name__}: {guard.one_line(error)}"
+    return NotUnderstood(f"--resume {folder}: {reason}; expected the folder of a run")
+
+
+def done_before(folder, parameters):
+    """{name: seconds} of the notebooks of a run that are done, whose folder this process holds."""
+    try:
+        done = folder / "done.json"
+        seconds = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
+        seconds = {path.stem: float(seconds[path.stem]) for path in parameters if path.stem in seconds}
+    except UNREADABLE_JSON as error:
+        raise no_run(folder, error) from None
+    return {stem: taken for stem, taken in seconds.items() if whole(folder, stem)}
 
 
 @contextlib.contextmanager
@@ -363,7 +382,7 @@ def main(argv=None, notebooks=None):
     """The command line; `notebooks` is the folder they are in. Returns the exit status."""
     args = parse(argv)
     try:
-        folder, parameters, seconds = begin(args, notebooks or record.repo_root() / "notebooks")
+        folder, parameters = begin(args, notebooks or record.repo_root() / "notebooks")
     except OSError as error:  # a disk that is full or read-only: nothing has run
         complain(guard.disk(error))
         return 2
@@ -372,7 +391,7 @@ def main(argv=None, notebooks=None):
         return 2
     try:
         with alone(folder / "plan.json"):
-            return _run(args, folder, parameters, seconds)
+            return _run(args, folder, parameters, done_before(folder, parameters))
     except NotUnderstood as error:
         complain(error)
         return 2

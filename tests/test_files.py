@@ -264,6 +264,7 @@ def test_two_runs_sweeps_or_trainings_do_not_meet(other, notebooks, tmp_path, ca
     calls = every_command(tmp_path / "out", notebooks, tmp_path)
     calls["run"] = lambda: run.main(["--resume", str(folder)], notebooks)
     (tmp_path / "out").mkdir()
+    (folder / "done.json").write_text("[")  # what another process is about to write is not read
     for name, file in (("run", folder / "plan.json"), ("sweep", tmp_path / "out" / "manifest.jsonl"),
                        ("train", tmp_path / "out" / "one_shot.lock")):  # fmt: skip
         other(file)

@@ -174,7 +174,8 @@ def test_parameter_files_that_are_none_are_refused_in_one_line(tmp_path, content
 def test_a_run_that_is_resumed_names_its_own_notebooks_only(tmp_path, capsys, name, content):
     folder = hostile_notebook(tmp_path / "notebooks")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "plan.json").write_text('{"parameters": {"01_tiny.ipynb": {}}, "code": ""}')
+    plan = {"parameters": {"01_tiny.ipynb": {}}, "code": run.code_digest(folder)}
+    (tmp_path / "run" / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "run" / name).write_text(content)
     assert run.main(["--resume", str(tmp_path / "run")], folder) == 2
     err = capsys.readouterr().err
