@@ -85,18 +85,18 @@ TUNED = {  # chosen by the command above, on the validation world
     "dual_descent": 2.0,
     "pd_dpo": 1.0,
 }
-PAPERS = {  # what papers recommend or ran: a value of the knob where its unit is ours, else see `as_published`
+PAPERS = {  # what papers recommend or ran: a value of the knob, else in words, see `as_published`
     "safe_dpo": 10.0,  # arXiv:2505.20065
     "sacpo": 4.0,  # arXiv:2404.11049: beta / lam = 0.025 at beta = 0.1, the middle of its grid
     "p_sacpo": 0.25,  # the same: q = 0.75 of the weights are the cautious policy's
     "modpo": 1.0,  # arXiv:2310.03708: w = 0.5, the middle of its grid, is lam = (1 - w) / w
     "safe_rlhf": 0.01,  # arXiv:2310.12773, first round
-    "pecan": "drawn labels",  # arXiv:2405.19544, second stage: a label is drawn from sigmoid(difference of scores)
-    "one_shot": "drawn labels",  # MoCAN of the same paper
+    "pecan": "drawn labels",  # arXiv:2405.19544, second stage: labels are drawn from sigmoid(difference of scores)
+    "one_shot": "drawn labels, the data's pairs",  # MoCAN of the same paper
     "c_dpo": "lam 0.4, fixed",  # arXiv:2403.02475: the row of its table that is nearest to its budget
-    "dual_descent": "4 rounds, drawn labels",  # arXiv:2505.19387: T = 4 rounds of one epoch, from one-shot's multiplier
+    "dual_descent": "4 rounds, drawn labels",  # arXiv:2505.19387, Algorithm 2 and T = 4; its step size is not known
     "pd_dpo": "lam 5, fixed",  # arXiv:2510.05703, first version: the multiplier of all its runs
-}
+}  # a multiplier means something else where scores have other units: these are the bench's
 CAUTIOUS = 4.0  # the multiplier that P-SACPO overshoots with before it merges
 REFERENCE_SAMPLES = 64  # answers per prompt, for methods that learn from the reference's own answers
 SAMPLES = 64  # answers per prompt in each estimate of the cost
@@ -206,31 +206,39 @@ def train(method, knob, task):
 
 
 def as_published(method, task):
-    """`train` as PAPERS says in words, with the same labels and number of steps."""
+    """`train` as PAPERS says in words, with as many pairs looked at; labels are drawn, as in the papers.
+
+    Raises ValueError for a method of which PAPERS has no words."""
     made, beta, budget, steps = task.made, task.beta, task.budget, task.steps
-    lab = made.lab
-    if method == "c_dpo":
-        frame = made.frame.head(20_000)
-        pairs = frame.assign(chosen=frame.response_0, rejected=frame.response_1)
-        policy, descent = algorithms.c_dpo(
-            lab, pairs, task.feedback, budget, beta, task.soft(steps), samples=2, lam=0.4, max_rounds=1
-        )
-        return Trained(policy, float(descent.lam[0]))
-    if method == "pd_dpo":  # without the dual update a round is SACPO's second step
-        pi_r, _ = algorithms.dpo(lab, made.helpful, beta, task.hard(steps / 2))
-        return Trained(baselines.sacpo(lab, pi_r, made.safety, 5.0, beta, task.hard(steps / 2)), 5.0)
-    drawn = task.drawn()
-    stored = REFERENCE_SAMPLES * len(lab.prompts)
+    lab, feedback, stored = made.lab, task.feedback, REFERENCE_SAMPLES * len(made.lab.prompts)
     if method == "pecan":
-        return _pecan(task, drawn, labels="sampled")
-    lam = algorithms.starting_lam(task.feedback.on(drawn), beta, budget)
-    rounds = 1 if method == "one_shot" else 4
-    schedule = dataclasses.replace(task.soft(steps / rounds), round_steps=steps // rounds)
-    policy, descent = algorithms.dual_descent(
-        lab, drawn, task.feedback, budget, beta, schedule, labels="sampled", samples=2 if rounds == 1 else SAMPLES,
-        dual_lr=0.5, lam=lam, max_rounds=rounds, tolerance=0.0,
-    )  # fmt: skip
-    return Trained(policy, float(descent.lam[0]), stored) if rounds == 1 else _of_descent(policy, descent, stored)
+        return _pecan(task, task.drawn(), labels="sampled")
+    if method == "pd_dpo":  # without the dual update a round is SACPO's second step
+        lam, (pi_r, _) = 5.0, algorithms.dpo(lab, made.helpful, beta, task.hard(steps / 2))
+        return Trained(baselines.sacpo(lab, pi_r, made.safety, lam, beta, task.hard(steps / 2)), lam)
+    if method == "dual_descent":  # each round measures, moves the multiplier and trains, the reference's answers first
+        drawn = task.drawn()
+        scores, rounds = feedback.on(drawn), 4
+        violation, step = dual.prompt_mean(scores[1]) - budget, 0.5 * dual.step_size(scores[1], beta)
+        lam = dual.dual_step(algorithms.starting_lam(scores, beta, budget), violation, step)
+        schedule = task.hard(steps / rounds)
+        schedule = dataclasses.replace(schedule, round_steps=schedule.steps)
+        policy, descent = algorithms.dual_descent(
+            lab, drawn, feedback, budget, beta, schedule, labels="sampled", samples=SAMPLES, dual_lr=0.5, lam=lam,
+            max_rounds=rounds, tolerance=0.0,
+        )  # fmt: skip
+        return _of_descent(policy, descent, stored)
+    if method not in ("one_shot", "c_dpo"):
+        raise ValueError(f"method {method!r}: nothing in words in PAPERS")
+    lam, answers = 0.4, 0
+    if method == "one_shot":
+        lam, answers = algorithms.starting_lam(feedback.on(task.drawn()), beta, budget), stored
+    frame = made.frame.head(64 * steps)
+    pairs = frame.assign(chosen=frame.response_0, rejected=frame.response_1)
+    policy, descent = algorithms.c_dpo(
+        lab, pairs, feedback, budget, beta, task.hard(steps), labels="sampled", samples=2, lam=lam, max_rounds=1
+    )
+    return Trained(policy, float(descent.lam[0]), answers)
 
 
 def _pecan(task, drawn, rate=1.0, labels="soft"):
@@ -240,7 +248,7 @@ def _pecan(task, drawn, rate=1.0, labels="soft"):
         policy, _ = algorithms.dpo(made.lab, pairs, beta, task.hard(steps / 3, rate))
         scores.append(baselines.implicit_scores(made.lab, policy, drawn, beta))
     improvement = dual.prompt_mean(task.feedback.on(drawn)[1])[0] - task.budget  # its own costs have no zero
-    last = task.soft(steps / 3, rate)
+    last = (task.soft if labels == "soft" else task.hard)(steps / 3, rate)
     policy, lam = baselines.pecan(made.lab, scores[0], -scores[1], drawn, improvement, beta, last, labels)
     return Trained(policy, lam, REFERENCE_SAMPLES * len(made.lab.prompts))
 

@@ -55,22 +55,26 @@ WORDS = {method: setting for method, setting in comparison.PAPERS.items() if isi
 @pytest.mark.slow
 @pytest.mark.parametrize("method", WORDS)
 def test_what_papers_ran_spends_as_much_and_is_what_the_words_say(method, looked_at, monkeypatch):
-    asked, real = [], comparison.algorithms.preference_probability
+    asked, strengths, real = [], [], comparison.algorithms.preference_probability
 
     def preference_probability(scores, lam, labels, rng):
         asked.append((labels, float(lam[0])))
         return real(scores, lam, labels, rng)
 
+    def sacpo(lab, policy, pairs, lam, *args, real=comparison.baselines.sacpo):
+        strengths.append(lam)
+        return real(lab, policy, pairs, lam, *args)
+
     monkeypatch.setattr(comparison.algorithms, "preference_probability", preference_probability)
+    monkeypatch.setattr(comparison.baselines, "sacpo", sacpo)
     row = comparison.run_one(method, WORDS[method], 0, SETTINGS)
     assert sum(looked_at) == 24 * 64 and row["knob"] == WORDS[method] and np.isfinite([row["gap"], row["cost"]]).all()
-    if "drawn labels" in WORDS[method]:
-        assert [labels for labels, _ in asked] == ["sampled"] * (4 if method == "dual_descent" else 1)
-    else:
-        fixed = float(WORDS[method].split()[1].rstrip(","))
-        assert row["lam"] == fixed and {lam for _, lam in asked} <= {fixed} and not row["path"]
-        labels = {"c_dpo": 2 * 600, "pd_dpo": 24 * 64}  # of scorers, of the policy's pairs
-        assert row["labels"] == labels[method]
+    drawn = {"dual_descent": 4, "pd_dpo": 0}.get(method, 1)  # times that labels are drawn
+    assert [labels for labels, _ in asked] == ["sampled"] * drawn
+    fixed = {"pd_dpo": 5.0, "c_dpo": 0.4}.get(method)
+    if fixed:
+        assert [lam for _, lam in asked] + strengths == [fixed] == [row["lam"]] and not row["path"]
+        assert row["labels"] == {"c_dpo": 2 * 600, "pd_dpo": 24 * 64}[method]  # of scorers, of the policy's pairs
     json.dumps(row, allow_nan=False)
 
 
