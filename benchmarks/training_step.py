@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from cdpo_utils import algorithms, beaver, labs, losses, policies, real, record, trainers
+from cdpo_utils import algorithms, labs, losses, policies, preflight, real, record, trainers
 from cdpo_utils.logprobs import token_logps
 from cdpo_utils.trunk import Trunk
 
@@ -107,7 +107,7 @@ def model_and_tokenizer(size):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = LlamaConfig(**size.shape, max_position_embeddings=2048, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=beaver.precision())
+        model = LlamaForCausalLM._from_config(config, dtype=preflight.precision())
     return get_peft_model(model, real.lora(model, task_type="CAUSAL_LM")), tokenizer
 
 
@@ -136,9 +136,7 @@ def build(kind, size):
     """A trainer over the same pairs, ready for steps."""
     model, tokenizer = model_and_tokenizer(size)
     if kind == KINDS[4]:
-        base = model.get_base_model()
-        base.trunk = Trunk(base, real.frozen_layers(base), real.FORWARD_TOKENS)
-        base.trunk.attach(base)
+        Trunk(model.get_base_model(), real.frozen_layers(model))
     dataset = rows(size, tokenizer, size.batch * size.steps)
     if kind == KINDS[0]:
         args = trainers._arguments(DPOConfig, size.batch, 5e-3, 0, beta=BETA, max_length=None,

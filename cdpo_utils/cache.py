@@ -20,7 +20,7 @@ from cdpo_utils import files, guard, ranks
 from cdpo_utils.record import repo_root
 
 # Modules that decide weights; plots, records and the runner do not.
-SOURCES = ("bench", "data", "labs", "losses", "policies", "trainers")
+SOURCES = ("bench", "data", "labs", "logprobs", "losses", "policies", "real", "trainers", "trunk")
 
 
 def cache_dir():

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from cdpo_utils import ranks
+from cdpo_utils.trunk import known_below
 
 MULTIPLE = 8  # of a length: whole registers, so that the bench's 14 tokens take less time as 16
 BATCH_TOKENS = 4096  # run at once: what a layer of a small model makes of them stays in a core's cache
@@ -65,12 +66,12 @@ def response_logps(model, prompt_ids, response_ids, pad_id=0, batch_tokens=BATCH
         starts = torch.tensor([len(prompt_ids[i]) for i in rows])
         is_response = mask * (torch.arange(mask.shape[1]) >= starts[:, None])
         ids, is_response = ids.to(model.device), is_response.to(model.device)
-        # no answer can see the padding behind it
-        if weight is None:
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            logps = token_logps(logits.float(), ids[:, 1:]) * is_response[:, 1:]  # sums of bf16 would be off by nats
-        else:
-            _, logps = marked_logps(model, weight, ids, is_response[:, 1:].bool(), use_cache=False)
+        with known_below(model, ids, mask):  # no answer can see the padding behind it
+            if weight is None:
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+                logps = token_logps(logits.float(), ids[:, 1:]) * is_response[:, 1:]  # bf16's sums would be off by nats
+            else:
+                _, logps = marked_logps(model, weight, ids, is_response[:, 1:].bool(), use_cache=False)
         out[rows] = logps.sum(1).cpu().numpy()
     model.train(was_training)
     return out

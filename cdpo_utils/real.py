@@ -395,9 +395,8 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     backbone = getattr(base, base.base_model_prefix).state_dict()
     torch.manual_seed(seed)
     policy = get_peft_model(base, lora(base, task_type="CAUSAL_LM"))
-    if base.device.type == "cpu" and not ranks.sharded() and frozen_layers(base):
-        base.trunk = Trunk(base, frozen_layers(base), FORWARD_TOKENS)
-        base.trunk.attach(base)
+    if base.device.type == "cpu" and base.config.model_type == "llama" and not ranks.sharded():
+        Trunk(base, frozen_layers(base))
     lab = Lab(policy, tokenizer, [], max_new_tokens, max_length, SAMPLE_ROWS, FORWARD_TOKENS, judged=whole)
     lab.sampler = vllm_sampling.sample if vllm else None
     train, held_out, notes, done = {}, {}, [], {}

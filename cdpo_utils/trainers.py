@@ -195,6 +195,11 @@ def _taken(rows, source):
     return both[torch.arange(len(both), device=rows.device)[:, None], source]
 
 
+def _texts(completion_mask):
+    """Where rows (n, width), padded on the right, are text: up to the end of the answer, everywhere without one."""
+    return completion_mask.flip(1).cumsum(1).flip(1).clamp(max=1).where(completion_mask.any(1, keepdim=True), 1)
+
+
 def _answer_logps(model, ids, completion_mask):
     """The model's output and the summed log-probabilities (2n,) of the tokens under completion_mask, of n pairs.
 
@@ -205,7 +210,9 @@ def _answer_logps(model, ids, completion_mask):
     inner = getattr(model, "module", model)  # several processes wrap the model
     source, positions, bias, answer = _behind_one_prompt(ids, completion_mask, inner.dtype)
     trunk = getattr(inner, "trunk", None)
-    lower = contextlib.nullcontext() if trunk is None else trunk.giving(_taken(trunk(ids), source))
+    lower = contextlib.nullcontext()
+    if trunk is not None:
+        lower = trunk.giving(_taken(trunk(ids, _texts(completion_mask)), source))
     ids = _taken(ids, source)
     settings = dict(position_ids=positions, attention_mask=bias, use_cache=False)
     weight = frozen_head(inner) if ids.device.type == "cpu" else None

@@ -10,58 +10,65 @@ import contextlib
 
 import torch
 
-from cdpo_utils.logprobs import MULTIPLE, pad, token_batches
-
 
 class Trunk:
-    """Hidden states of texts behind the first `depth` layers of `base`, a causal LM: kept, at most `limit` bytes.
+    """Hidden states of texts behind the first `depth` layers of `base`, a causal LM of Llama's architecture.
 
-    `attach` lets a model around the same weights use them. `batch_tokens`: run at once where they are not known yet.
+    Each text is run alone, so that its states do not depend on what else was asked for; the first `limit` bytes are
+    kept. `attach` lets another model around the same weights use them.
+
+    Raises ValueError for other architectures: some scale what they are given in the place of ids, some tell layers
+    apart by their place in the list.
     """
 
-    def __init__(self, base, depth, batch_tokens, limit=2**30):
-        self.base, self.depth, self.batch_tokens, self.limit = base, depth, batch_tokens, limit
-        self.known, self.held = {}, 0  # text -> hidden states (length, width), and their bytes
-        self.given, self.running, self.whole = None, False, {}
+    def __init__(self, base, depth, limit=2**30):
+        if base.config.model_type != "llama":
+            raise ValueError(f"Trunk: architecture {base.config.model_type}; expected llama")
+        self.base, self.depth, self.limit = base, depth, limit
+        self.known, self.held = {}, 0  # ids of a text -> hidden states (length, width), and their bytes
+        self.given, self.running = None, False
+        self.attach(base)
+        base.trunk = self
 
     def attach(self, model):
         """Let calls of `model`, whose lower layers have the weights of `base`, begin above them: calls without a cache
-        on texts that are padded on the right or not at all. A model that trains its lower layers must not be attached.
-        """
+        or positions of their own, on texts with padding on the right, which attention_mask tells, or without. A model
+        that trains its lower layers must not be attached."""
         decoder = model.get_decoder()
+        decoder.__dict__["all_layers"] = decoder.layers  # past `Module.__setattr__`: they are registered already
         decoder.register_forward_pre_hook(self._lift, with_kwargs=True)
-        decoder.register_forward_hook(self._lower, always_call=True)
+        decoder.register_forward_hook(_lower, always_call=True)
 
     def _lift(self, decoder, args, inputs):
-        inputs = inputs | dict(zip(("input_ids",), args, strict=False))
-        if self.running or inputs.get("use_cache") is not False or inputs.get("input_ids") is None:
+        if self.running:
             return None
-        hidden = self.given
+        decoder.layers = decoder.all_layers  # a call that was interrupted has left the upper ones only
+        inputs = inputs | dict(zip(("input_ids",), args, strict=False))
+        if inputs.get("use_cache") is not False or inputs.get("input_ids") is None:
+            return None
+        hidden, ids, mask = self.given, inputs["input_ids"], inputs.get("attention_mask")
         if hidden is None:
-            if inputs.get("position_ids") is not None:
-                return None  # ids that follow each other otherwise than in a text
-            hidden = self(inputs["input_ids"])
-        self.whole[id(decoder)] = decoder.layers
-        decoder.layers = decoder.layers[self.depth :]
+            padded_left = mask is not None and (mask.dim() != 2 or not mask[:, 0].all())
+            if padded_left or inputs.get("position_ids") is not None:
+                return None
+            hidden = self(ids, mask)
+        decoder.layers = decoder.all_layers[self.depth :]
         return (), inputs | {"input_ids": None, "inputs_embeds": hidden}
 
-    def _lower(self, decoder, *_):
-        decoder.layers = self.whole.pop(id(decoder), decoder.layers)
-
     @torch.no_grad()
-    def __call__(self, ids):
-        """Hidden states (n, length, width) of ids (n, length), of padding on the right zeros."""
-        rows = [tuple(row) for row in map(self._text, ids.tolist())]
-        found = {row: self.known[row] for row in rows if row in self.known}
-        missing = list(dict.fromkeys(row for row in rows if row not in found))
-        order = sorted(range(len(missing)), key=lambda i: len(missing[i]))
-        for batch in token_batches(order, [len(row) for row in missing], self.batch_tokens):
-            padded, _ = pad([missing[i] for i in batch], self.base.config.pad_token_id, "right", MULTIPLE)
-            for i, hidden in zip(batch, self._run(padded.to(ids.device)), strict=True):
-                found[missing[i]] = self._keep(missing[i], hidden[: len(missing[i])].clone())
-        out = next(iter(found.values())).new_zeros(*ids.shape, self.base.config.hidden_size)
-        for hidden, row in zip(out, rows, strict=True):
-            hidden[: len(row)] = found[row]
+    def __call__(self, ids, mask=None):
+        """Hidden states (n, length, width) of ids (n, length); zeros where `mask`, 1 for text and 0 for the padding on
+        its right, says so."""
+        lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
+        texts = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True)]
+        found = {text: self.known.get(text) for text in texts}
+        for text in (text for text, hidden in found.items() if hidden is None):
+            found[text] = hidden = self._run(torch.tensor([text], device=ids.device))[0]
+            if self.held + hidden.nbytes <= self.limit:
+                self.known[text], self.held = hidden, self.held + hidden.nbytes
+        out = found[texts[0]].new_zeros(*ids.shape, self.base.config.hidden_size)
+        for hidden, text in zip(out, texts, strict=True):
+            hidden[: len(text)] = found[text]
         return out
 
     @contextlib.contextmanager
@@ -73,26 +80,26 @@ class Trunk:
         finally:
             self.given = None
 
-    def _text(self, row):
-        """A row of ids without the padding on its right; where the end of turn pads, too, one of them is the text's."""
-        pad_id, end = self.base.config.pad_token_id, len(row)
-        while end > 1 and row[end - 1] == pad_id:
-            end -= 1
-        return row[: end + (pad_id == self.base.config.eos_token_id)]
-
     def _run(self, ids):
         decoder = self.base.get_decoder()
-        whole, norm, was_training = decoder.layers, decoder.norm, decoder.training
-        decoder.layers, decoder.norm, self.running = whole[: self.depth], torch.nn.Identity(), True
+        norm, was_training = decoder.norm, decoder.training
+        decoder.layers, decoder.norm = decoder.all_layers[: self.depth], torch.nn.Identity()
+        self.running = True
         decoder.eval()
         try:
             return decoder(input_ids=ids, use_cache=False).last_hidden_state
         finally:
-            decoder.layers, decoder.norm, self.running = whole, norm, False
+            self.running = False
+            decoder.layers, decoder.norm = decoder.all_layers, norm
             decoder.train(was_training)
 
-    def _keep(self, row, hidden):
-        self.known[row], self.held = hidden, self.held + hidden.nbytes
-        while self.held > self.limit:  # the oldest goes first
-            self.held -= self.known.pop(next(iter(self.known))).nbytes
-        return hidden
+
+def _lower(decoder, *_):
+    decoder.layers = decoder.all_layers
+
+
+def known_below(model, ids, mask):
+    """A context in which `model` is called on ids (n, length) with padding on the right, as `mask` says, which it need
+    not be told: it begins above the layers of its trunk, where it has one."""
+    trunk = getattr(model, "trunk", None)
+    return contextlib.nullcontext() if trunk is None else trunk.giving(trunk(ids, mask))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, Qwen2Config, Qwen2ForCausalLM
 
 from cdpo_utils import policies, real, trainers
 from cdpo_utils.logprobs import response_logps
@@ -32,8 +32,7 @@ def policy(trunk, limit=2**30):
         if "lora_B" in name:
             p.data = torch.randn(p.shape, generator=generator) * 0.3
     if trunk:
-        base.trunk = Trunk(base, real.frozen_layers(base), 64, limit)
-        base.trunk.attach(base)
+        Trunk(base, real.frozen_layers(base), limit)
     return model
 
 
@@ -108,6 +107,67 @@ def test_a_scorer_around_the_same_weights_shares_what_is_known(pad_id):
     assert len(base.trunk.known) == known == 4, "the same texts, whatever the padding"
 
 
+def test_a_scorer_is_trained_the_same(tokenizer):
+    rows, found = [[5, 6, 14, END], [8, 9, 16, 17, END], [5, 6, 16, END], [8, 9, 14, 15, 16, END]], []
+    for trunk in (False, True):
+        base = policy(trunk).get_base_model()
+        torch.manual_seed(2)
+        scorer = LlamaForSequenceClassification(config(num_labels=1))
+        lower = {n: w for n, w in base.get_decoder().state_dict().items() if "base_layer" not in n and "lora_" not in n}
+        scorer.model.load_state_dict(lower, strict=False)
+        scorer = get_peft_model(scorer, real.lora(scorer, task_type="SEQ_CLS", modules_to_save=["score"]))
+        if trunk:
+            base.trunk.attach(scorer.get_base_model())
+            seen = passes(scorer)
+        texts = dict(chosen_ids=rows[:2] * 2, rejected_ids=rows[2:] * 2)
+        args = trainers._arguments(trainers.RewardConfig, 2, 1e-2, 0, max_length=None)
+        trainer = trainers._trainer(
+            trainers.RewardTrainer, scorer, args=args, processing_class=tokenizer,
+            train_dataset=trainers.Dataset.from_dict(texts), data_collator=trainers.PairCollator(PAD),
+        )  # fmt: skip
+        before = policies.snapshot(scorer)
+        trainers.run_steps(trainer, 4, 0)
+        found.append(policies.snapshot(scorer))
+    assert found[0].keys() == found[1].keys() and any("score" in name for name in found[0])
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], atol=1e-5), name
+    assert any(not torch.equal(value, found[1][name]) for name, value in before.items())
+    assert not seen["lowest"] and len(base.trunk.known) == 4
+
+
+def test_what_is_kept_of_a_text_does_not_depend_on_the_others():
+    first, second = policy(True).get_base_model().trunk, policy(True).get_base_model().trunk
+    texts = [p + a for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    first(*trainers.pad(texts, PAD, "right", 8))
+    for text in reversed(texts):
+        second(torch.tensor([text]))
+    assert first.known.keys() == second.known.keys() == set(map(tuple, texts))
+    assert all(torch.equal(hidden, second.known[text]) for text, hidden in first.known.items())
+
+
+def test_an_answer_may_end_in_tokens_of_padding():
+    """A sampled answer that the token limit has cut off may hold any token."""
+    plain, lifted = policy(False), policy(True)
+    answers = [[14, PAD, PAD], [15], [14, PAD, PAD, PAD], [16, END]]
+    expected = response_logps(plain, PROMPTS, answers)
+    assert response_logps(lifted, PROMPTS, answers) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_batch_that_is_padded_on_the_left_runs_all_layers():
+    plain, lifted = policy(False), policy(True)
+    ids, mask = trainers.pad(PROMPTS, PAD, "left")
+    logits = [model(input_ids=ids, attention_mask=mask, use_cache=False).logits for model in (plain, lifted)]
+    assert torch.equal(*logits) and not lifted.get_base_model().trunk.known
+
+
+def test_other_architectures_are_refused():
+    torch.manual_seed(0)
+    base = Qwen2ForCausalLM(Qwen2Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+                                        num_attention_heads=2, num_key_value_heads=2))  # fmt: skip
+    with pytest.raises(ValueError, match="architecture qwen2; expected llama"):
+        Trunk(base, 1)
+
+
 def test_what_does_not_fit_is_run_again():
     plain, lifted = policy(False), policy(True, limit=700)
     expected = response_logps(plain, PROMPTS, ANSWERS)
@@ -129,10 +189,21 @@ def test_sampling_and_calls_with_positions_of_their_own_run_all_layers():
     assert seen["lowest"] == seen["highest"] and not lifted.get_base_model().trunk.known
 
 
-def test_all_layers_are_back_after_a_call_that_failed():
-    lifted = policy(True)
-    decoder = lifted.get_base_model().get_decoder()
-    decoder.norm.register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        lifted(input_ids=torch.tensor(PROMPTS[:1]), use_cache=False)
-    assert len(decoder.layers) == 4
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_all_layers_are_back_after_a_call_that_failed(error):
+    plain, lifted = policy(False), policy(True)
+    ids, decoder = torch.tensor(PROMPTS[:1]), lifted.get_base_model().get_decoder()
+
+    def stop(*_):
+        raise error
+
+    def greedy(model):
+        return model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=PAD)
+
+    for module in (decoder.all_layers[0], decoder.norm):  # below, in a pass of its own, and above
+        hook = module.register_forward_hook(stop)
+        with pytest.raises(error):
+            lifted(input_ids=ids, use_cache=False)
+        hook.remove()
+        assert torch.equal(greedy(plain), greedy(lifted)) and len(decoder.layers) == 4
+    assert response_logps(lifted, PROMPTS, ANSWERS) == pytest.approx(response_logps(plain, PROMPTS, ANSWERS), abs=1e-5)
