@@ -29,6 +29,7 @@ import pandas as pd
 from cdpo_utils import (
     algorithms,
     baselines,
+    data,
     dual,
     evaluate,
     exact,
@@ -170,8 +171,7 @@ def train(method, knob, task):
         path = [[(k + 1) / steps, batch["lam"], batch["cost"]] for k, batch in enumerate(multiplier.history)]
         return Trained(policy, multiplier.lam, 128 * steps, path)
     if method == "c_dpo":
-        frame = made.frame.head(20_000)
-        pairs = frame.assign(chosen=frame.response_0, rejected=frame.response_1)
+        pairs = data.unlabelled_pairs(made.frame.head(20_000))
         policy, descent = algorithms.c_dpo(
             lab, pairs, task.feedback, budget, beta, task.soft(steps / 2, knob), samples=SAMPLES, lam=1.0, max_rounds=3,
             tolerance=0.0,
@@ -233,8 +233,7 @@ def as_published(method, task):
     lam, answers = 0.4, 0
     if method == "one_shot":
         lam, answers = algorithms.starting_lam(feedback.on(task.drawn()), beta, budget), stored
-    frame = made.frame.head(64 * steps)
-    pairs = frame.assign(chosen=frame.response_0, rejected=frame.response_1)
+    pairs = data.unlabelled_pairs(made.frame.head(64 * steps))
     policy, descent = algorithms.c_dpo(
         lab, pairs, feedback, budget, beta, task.hard(steps), labels="sampled", samples=2, lam=lam, max_rounds=1
     )
@@ -324,8 +323,9 @@ def compare(methods, seeds, settings, steps):
         fill(seed, settings)
         calls = [(method, best[method], seed, settings | {"steps": n}) for n in steps for method in methods]
         others = [(method, PAPERS[method], seed, settings) for method in methods if method in PAPERS]
-        done = workers.side_by_side(run_one, calls + others)
-        rows, papers = rows + done[: len(calls)], papers + done[len(calls) :]
+        every = calls + [call for call in others if call not in calls]  # a paper's value may be the chosen one
+        done = workers.side_by_side(run_one, every)
+        rows, papers = rows + done[: len(calls)], papers + [done[every.index(call)] for call in others]
         frontiers += frontier(seed, settings)
     return tuning, rows, papers, frontiers
 
@@ -396,7 +396,7 @@ def main(argv=None):
         return 2
     result = {"settings": settings, "knobs": KNOBS, "seconds": time.time() - started}
     result |= {"tuning": tuning, "rows": rows, "papers": papers, "frontiers": frontiers}
-    print(table(rows + papers).to_string(index=False))
+    print(table(rows + [row for row in papers if row not in rows]).to_string(index=False))
     files.write_whole(given.out / "comparison.json", json.dumps(result, indent=1))
     for row in tuning + rows:
         if row["path"]:
@@ -429,12 +429,12 @@ def table(rows):
 def draw(rows, tuning, frontiers, folder):
     """The figures as PNG, the data of each as CSV under the same name. Returns nothing."""
     most = [row for row in rows if row["steps"] == max(row["steps"] for row in rows)]
-    for name, function, data in (
+    for name, function, shown in (
         ("gaps", plots.equal_terms, [most]), ("plane", plots.equal_plane, [most, frontiers]),
         ("compute", plots.gap_against_compute, [rows]), ("multipliers", plots.multiplier_paths, [most, tuning]),
     ):  # fmt: skip
         fig, axes = plt.subplots(1, 1 if name in ("plane", "compute") else 2, figsize=(10, 4.6))
-        function(axes, *data)
+        function(axes, *shown)
         fig.tight_layout()
         plots.save(fig, folder / name)
 

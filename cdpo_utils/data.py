@@ -368,6 +368,11 @@ def _answers(frame, column):
     return a.where(first, b), b.where(first, a)
 
 
+def unlabelled_pairs(frame):
+    """The frame with its answers as chosen and rejected in the order of the file, for methods that label them anew."""
+    return frame.assign(chosen=frame.response_0, rejected=frame.response_1)
+
+
 def preference_pairs(frame, label):
     """DataFrame[prompt, chosen, rejected]; chosen is the better answer ("helpful") or the safer one ("safety")."""
     require(frame, label, "preference_pairs")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from cdpo_utils import algorithms, evaluate, labs, policies, record, scoring, workers
+from cdpo_utils import algorithms, data, evaluate, labs, policies, record, scoring, workers
 
 HARD_LABEL_STEPS = {"06_two_stage_primal_dual": 1.2}  # hard labels are noisier than soft ones: more steps
 RUNS = (  # (method, feedback), in the order of cost, dearest first
@@ -91,8 +91,7 @@ def train(method, feedback, settings, watch=None):
     elif method == "dpo_harmless":
         policy, _ = algorithms.dpo(made.lab, made.safety, beta, schedule)
     elif method == "c_dpo":
-        frame = made.frame.head(20_000)
-        pairs = frame.assign(chosen=frame.response_0, rejected=frame.response_1)
+        pairs = data.unlabelled_pairs(made.frame.head(20_000))
         policy, descent = algorithms.c_dpo(
             made.lab, pairs, who, budget, beta, schedule, samples=64, lam=1.0, max_rounds=5, tolerance=5 * tolerance
         )
@@ -192,8 +191,7 @@ def train_pretrained(
         algorithms.dpo(lab, made.safety, beta, schedule)
         started = keep("dpo_harmless")
     if "c_dpo" in methods:
-        frame = made.frame.head(looked_at)
-        pairs = frame.assign(chosen=frame.response_0, rejected=frame.response_1)
+        pairs = data.unlabelled_pairs(made.frame.head(looked_at))
         _, descent = algorithms.c_dpo(lab, pairs, feedback, budget, beta, schedule, lam=1.0, **loop)
         started = keep("c_dpo", descent)
     if {"one_shot", "dual_descent"} & set(methods):

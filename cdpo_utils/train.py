@@ -154,6 +154,8 @@ def train_pretrained(config):
         made = labs.open_lab(**{name: getattr(config, name) for name in names})
     except data.DataError as error:
         raise run.NotUnderstood(str(error)) from None
+    if ranks.rank() == 0:
+        print(made.account, flush=True)
     made.lab.shards = min(config.shards, len(made.lab.prompts))
     made.lab.checkpoints = None if ranks.sharded() else kept(config)
     feedback = made.learned_feedback(*made.scorers())

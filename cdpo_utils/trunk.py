@@ -15,7 +15,8 @@ class Trunk:
     """Hidden states of texts behind the first `depth` layers of `base`, a causal LM of Llama's architecture.
 
     Each text is run alone, so that its states do not depend on what else was asked for; the first `limit` bytes are
-    kept. `attach` lets another model around the same weights use them.
+    kept. `base` begins above them from now on and knows its trunk as `base.trunk`; `attach` lets another model around
+    the same weights do so, too.
 
     Raises ValueError for other architectures: some scale what they are given in the place of ids, some tell layers
     apart by their place in the list.

@@ -25,6 +25,16 @@ def test_a_recorded_run_had_the_shipped_configuration(file):
     assert not any("/" in config[name] for name in ("helpful_file", "safety_file"))
 
 
+def test_what_the_readme_says_of_all_seeds():
+    """Reward up beyond its interval, violation's interval around zero, lambda next to nothing, no test passed."""
+    for recorded in (json.loads(file.read_text()) for file in FILES):
+        (row,) = (row for row in recorded["methods"] if row["method"] == "one_shot")
+        of = {line["estimate"]: line for line in recorded["intervals"] if line["method"] == "one_shot"}
+        assert of["reward gain"]["low"] > 0 and of["violation"]["low"] < 0 < of["violation"]["high"]
+        assert 0 <= row["lam"] < 0.02 and not any(test["passed"] for test in recorded["tests"])
+        assert round(of["cut"]["mean"], 1) == 0.9, "answers that break off"
+
+
 def test_the_readme_shows_what_is_recorded():
     assert len(FILES) == 3
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

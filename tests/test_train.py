@@ -69,6 +69,7 @@ def _part(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_the_level_term_spans_all_ranks(tmp_path):
     torch.multiprocessing.spawn(_part, (str(tmp_path),), nprocs=2)
     whole = torch.linspace(-1, 1, 6).requires_grad_()

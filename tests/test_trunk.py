@@ -37,7 +37,7 @@ def policy(trunk, limit=2**30):
 
 
 def passes(model):
-    """A list that grows by the number of rows whenever the lowest, or the highest, layer of `model` is run."""
+    """Two lists, "lowest" and "highest", which grow by a number of rows whenever that layer of `model` is run."""
     layers, seen = model.get_base_model().get_decoder().layers, {"lowest": [], "highest": []}
     layers[0].register_forward_hook(lambda module, args, out: seen["lowest"].append(len(args[0])))
     layers[-1].register_forward_hook(lambda module, args, out: seen["highest"].append(len(args[0])))
@@ -151,6 +151,12 @@ def test_an_answer_may_end_in_tokens_of_padding():
     answers = [[14, PAD, PAD], [15], [14, PAD, PAD, PAD], [16, END]]
     expected = response_logps(plain, PROMPTS, answers)
     assert response_logps(lifted, PROMPTS, answers) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_pair_may_have_lost_an_answer_to_the_limit():
+    ids, mask = torch.tensor([[9, 8, 7, PAD], [9, 8, 7, END]]), torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]])
+    expected, found = (trainers._answer_logps(policy(trunk), ids, mask)[1] for trunk in (False, True))
+    assert torch.allclose(expected, found, atol=1e-5) and expected[0] == 0 and expected[1] < -0.1
 
 
 def test_a_batch_that_is_padded_on_the_left_runs_all_layers():
