@@ -304,7 +304,8 @@ def frontier(seed, settings, points=60):
 
 def compare(methods, seeds, settings, steps):
     """Tune each method's knob on the validation world at the largest of `steps`, then run it on every test seed, with
-    each of `steps`, and with what its paper recommends: (tuning rows, test rows, rows of PAPERS, frontiers).
+    each of `steps`, and with what its paper recommends. After each seed yields what there is so far: {"tuning": rows of
+    the search, "rows": test rows, "papers": rows of PAPERS, "frontiers": rows of `frontier`}.
 
     Raises ValueError where a test seed is the validation seed, or where no policy meets the budget in a world.
     """
@@ -318,16 +319,17 @@ def compare(methods, seeds, settings, steps):
         method: min((row for row in tuning if row["method"] == method), key=lambda row: row["gap"])["knob"]
         for method in methods
     }
-    rows, papers, frontiers = [], [], []
+    found = {"tuning": tuning, "rows": [], "papers": [], "frontiers": []}
     for seed in seeds:
         fill(seed, settings)
         calls = [(method, best[method], seed, settings | {"steps": n}) for n in steps for method in methods]
         others = [(method, PAPERS[method], seed, settings) for method in methods if method in PAPERS]
         every = calls + [call for call in others if call not in calls]  # a paper's value may be the chosen one
         done = workers.side_by_side(run_one, every)
-        rows, papers = rows + done[: len(calls)], papers + [done[every.index(call)] for call in others]
-        frontiers += frontier(seed, settings)
-    return tuning, rows, papers, frontiers
+        found["rows"] += done[: len(calls)]
+        found["papers"] += [done[every.index(call)] for call in others]
+        found["frontiers"] += frontier(seed, settings)
+        yield found
 
 
 def tuned(seed, settings, methods=tuple(TUNED)):
@@ -390,14 +392,15 @@ def main(argv=None):
             files.write_whole(given.out / "budgets.json", json.dumps(result, indent=1) + "\n")
             print(f"{by_budget(rows).to_string()}\n{time.time() - started:.0f} s; {given.out / 'budgets.json'}")
             return 0
-        tuning, rows, papers, frontiers = compare(given.methods, given.seeds, settings, given.steps)
+        for found in compare(given.methods, given.seeds, settings, given.steps):
+            result = {"settings": settings, "knobs": KNOBS, "seconds": time.time() - started} | found
+            files.write_whole(given.out / "comparison.json", json.dumps(result, indent=1))  # a killed run leaves worlds
+            print(f"seed {found['rows'][-1]['seed']}: done after {result['seconds']:.0f} s", flush=True)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    result = {"settings": settings, "knobs": KNOBS, "seconds": time.time() - started}
-    result |= {"tuning": tuning, "rows": rows, "papers": papers, "frontiers": frontiers}
+    tuning, rows, papers, frontiers = (found[name] for name in ("tuning", "rows", "papers", "frontiers"))
     print(table(rows + [row for row in papers if row not in rows]).to_string(index=False))
-    files.write_whole(given.out / "comparison.json", json.dumps(result, indent=1))
     for row in tuning + rows:
         if row["path"]:
             print(f"{row['method']} {row['knob']:g}, seed {row['seed']}, {row['steps']} steps: multiplier swings by "

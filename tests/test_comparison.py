@@ -88,12 +88,16 @@ def test_the_knob_with_the_smallest_gap_on_the_validation_world_is_used(monkeypa
 
     def run_one(method, knob, seed, settings):
         asked.append((method, knob, seed, settings["steps"]))
-        return {"method": method, "knob": knob, "gap": abs(knob - 0.6)}
+        return {"method": method, "knob": knob, "seed": seed, "gap": abs(knob - 0.6)}
 
     monkeypatch.setattr(comparison, "fill", lambda seed, settings: None)
     monkeypatch.setattr(comparison.workers, "side_by_side", lambda function, calls: [run_one(*call) for call in calls])
     monkeypatch.setattr(comparison, "frontier", lambda seed, settings: [{"seed": seed}])
-    tuning, rows, papers, frontiers = comparison.compare(["modpo", "safe_dpo"], [0, 1], SETTINGS, [8, 24])
+    worlds = comparison.compare(["modpo", "safe_dpo"], [0, 1], SETTINGS, [8, 24])
+    found = next(worlds)
+    assert {row["seed"] for row in found["rows"]} == {0} and len(asked) == 12, "a world at a time"
+    assert list(worlds) == [found], "which grows"
+    tuning, rows, papers, frontiers = (found[name] for name in ("tuning", "rows", "papers", "frontiers"))
     tried = [("modpo", v, 100, 24) for v in (0.3, 0.6, 1.2)] + [("safe_dpo", v, 100, 24) for v in (0.0, 1.0, 4.0)]
     assert asked[:6] == tried, "knobs are chosen at the most steps"
     for seed, calls in ((0, asked[6:12]), (1, asked[12:])):
@@ -113,7 +117,8 @@ def test_what_a_paper_recommends_is_not_run_again_where_it_was_chosen(monkeypatc
     monkeypatch.setattr(comparison, "fill", lambda seed, settings: None)
     monkeypatch.setattr(comparison, "frontier", lambda seed, settings: [])
     monkeypatch.setattr(comparison.workers, "side_by_side", lambda function, calls: [run_one(*call) for call in calls])
-    _, rows, papers, _ = comparison.compare(["modpo", "sacpo", "bfpo"], [0], SETTINGS, [8])
+    [found] = comparison.compare(["modpo", "sacpo", "bfpo"], [0], SETTINGS, [8])
+    rows, papers = found["rows"], found["papers"]
     assert asked[9:] == [("modpo", 0.6, 0), ("sacpo", 0.6, 0), ("bfpo", 0.5, 0), ("sacpo", 4.0, 0)]
     assert papers == [rows[0], papers[1]] and (papers[1]["method"], papers[1]["knob"]) == ("sacpo", 4.0)
 
