@@ -41,7 +41,7 @@ class Lab:
     judged: Callable | None = None  # text -> text: what scorers see of an answer that the token limit has cut off
     cache: dict = field(default_factory=dict, repr=False)  # (prompt ids, answer ids) -> log pi_ref
     gap: Callable | None = None  # (policy, beta, budget) -> percent, or None: to be shown while a loop runs
-    checkpoints: Path | None = field(default_factory=record.checkpoints_dir)  # of the dual loops, see `checkpoints`
+    checkpoints: Path | None = field(default_factory=record.checkpoints_dir)  # of trainings, see `checkpoints`
 
     def new_policy(self, seed=0):
         """A trainable policy equal to the reference. With LoRA the one adapter is set back, its random part drawn from
@@ -202,9 +202,19 @@ def some_pairs(lab, frame, schedule):
 def train_once(lab, policy, pairs, beta, schedule, pref_prob=1.0, **loss):
     """One DPO training of `policy`, in place, with its reference and its label probabilities; TRL's log history."""
     pairs = set_column(pairs, "pref_prob", np.broadcast_to(pref_prob, len(pairs)))
-    trainer = _trainer(lab, policy, pairs, beta, schedule, **loss)
-    trainers.run_steps(trainer, schedule.steps, schedule.seed)
-    return trainer.state.log_history
+
+    def train():
+        trainer = _trainer(lab, policy, pairs, beta, schedule, **loss)
+        trainers.run_steps(trainer, schedule.steps, schedule.seed)
+        return trainer.state.log_history
+
+    if lab.checkpoints is None:
+        return train()
+    settings = {"method": "DPO", "beta": beta, "max_length": lab.max_length}
+    settings |= {"loss": {name: function.__name__ for name, function in loss.items()}}
+    settings |= {"schedule": asdict(replace(schedule, round_steps=0))}  # it has no further rounds
+    folder = ranks.of_first(checkpoints.folder_of(lab.checkpoints, settings, policy, [pairs]))
+    return checkpoints.once(folder, policy, train)
 
 
 def dpo(lab, frame, beta, schedule):

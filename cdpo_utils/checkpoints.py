@@ -1,8 +1,8 @@
-"""Where a dual loop stands after each round, kept in files, so that a loop whose process was killed goes on.
+"""Where a dual loop stands after each round, and where a plain training ended, kept in files: what was killed goes on.
 
-A loop's folder is named by a digest of all that decides its result (`folder_of`): what lies there belongs to this loop
-and no other, and a change of code, versions, rows, weights or numbers begins a new one. Every file has its checksum and
-is put in place whole; `state` comes last and names the round, so a kill between two files leaves the round before.
+A training's folder is named by a digest of all that decides its result (`folder_of`): what lies there belongs to this
+one and no other, and a change of code, versions, rows, weights or numbers begins a new one. Every file has its checksum
+and is put in place whole; `state` comes last and names the round, so a kill between two files leaves the round before.
 A loop that goes on ends with the same bits, on one machine's processor, as one that was never interrupted: besides
 weights and optimiser it takes up its random states and what scorers have said already, since a score of float32 depends
 in its last digit on the batch it was computed in.
@@ -35,6 +35,8 @@ class Store:
     known: tuple = ()  # dicts (prompt, answer) -> score, see `algorithms.Feedback`
     ends: list = field(default_factory=list)  # weights that each link ended with, or None
     replays: bool = False  # while `load` shows the rounds that it has found
+    seconds: list = field(default_factory=list)  # from the loop's start to the end of each round
+    started: float = field(default_factory=record.clock)
 
     def save(self, lam, rounds, end):
         """Keep the state after round len(rounds); `lam` is the next one's multiplier, `end` None or how it ended.
@@ -42,6 +44,7 @@ class Store:
         Where the disk is full that is said, the round before stays, and the loop goes on."""
         if ranks.rank():
             return
+        self.seconds.append(record.clock() - self.started)
         try:
             self._write(lam, rounds, end)
         except OSError as error:
@@ -59,7 +62,7 @@ class Store:
         cache.write_checked(self.folder / f"policy-{k}", _bytes(policies.snapshot(self.policy)))
         cache.write_checked(self.folder / f"optimiser-{k}", _bytes(moments))
         state = {
-            "round": k, "lam": list(map(float, lam)), "rounds": rounds, "end": end,
+            "round": k, "lam": list(map(float, lam)), "rounds": rounds, "end": end, "seconds": self.seconds,
             "generators": [generator.bit_generator.state for generator in self.generators],
             "steps": [trainer.all_steps for trainer in self.trainers],
             "known": [[[*texts, score] for texts, score in scores.items()] for scores in self.known],
@@ -79,9 +82,10 @@ class Store:
         rounds = state["rounds"]
         for scores, kept in zip(self.known, state["known"], strict=True):
             scores.update({(prompt, answer): score for prompt, answer, score in kept})
-        self.replays = True
+        self.replays, self.seconds = True, state["seconds"]
         for k, kept in enumerate(weights, start=1):
             policies.restore(self.policy, kept)
+            record.taken_up.append(self.seconds[k - 1] - (self.seconds[k - 2] if k > 1 else 0.0))
             watch(rounds[:k])
         self.replays = False
         for i, trainer in enumerate(self.trainers):
@@ -109,6 +113,29 @@ class Store:
             return None
         *weights, moments = map(load, bodies)
         return state, weights, moments
+
+
+def once(folder, policy, train):
+    """train(), which trains `policy` in place and returns a JSON value; where that has ended before, the policy's
+    weights and the value are taken from `folder`. Where they cannot be kept that is said."""
+    body, weights = (cache.read_checked(folder / name) for name in ("state", "policy"))
+    if all(ranks.merge({ranks.rank(): body is not None and weights is not None}).values()):
+        state, weights = json.loads(body), load(weights)
+        torch.set_rng_state(weights.pop("/random"))
+        policies.restore(policy, weights)
+        record.taken_up.append(state["seconds"])
+        print(f"trained before, in {state['seconds']:.0f} s: {folder.name}")
+        return state["value"]
+    started, value = record.clock(), train()
+    if ranks.rank() == 0:
+        weights = policies.snapshot(policy) | {"/random": torch.get_rng_state()}
+        try:
+            cache.write_checked(folder / "policy", _bytes(weights))
+            state = {"seconds": record.clock() - started, "value": value}
+            cache.write_checked(folder / "state", json.dumps(state).encode())
+        except OSError as error:
+            print(f"this training is not kept: {guard.disk(error)}", file=sys.stderr)
+    return value
 
 
 def folder_of(parent, settings, policy, datasets):

@@ -38,6 +38,7 @@ from cdpo_utils import (
     labs,
     plots,
     policies,
+    record,
     scoring,
     suite,
     workers,
@@ -272,12 +273,12 @@ def run_one(method, knob, seed, settings):
     feedback = made.learned_feedback(*made.scorers())  # everyone's: no part of the seconds
     task = Task(made, feedback, settings["beta"], float(truths["train"].budget[0]), settings["steps"])
     made.lab.cache.clear()  # nor is anyone given the reference's log-probabilities that another method needed, too
-    started = time.time()
+    started = record.clock()
     done = as_published(method, task) if isinstance(knob, str) else train(method, knob, task)
     scored = method in SCORED and (method, knob) != ("pd_dpo", PAPERS["pd_dpo"])
     looked_at = 64 * task.steps * HARD.get(method, 0) + 2 * settings["n_pairs"] * scored
     row = {"method": method, "knob": knob, "seed": seed, "steps": settings["steps"], "lam": done.lam}
-    row |= {"seconds": time.time() - started, "answers": done.answers, "labels": round(looked_at), "path": done.path}
+    row |= {"seconds": record.clock() - started, "answers": done.answers, "labels": round(looked_at), "path": done.path}
     for split, truth in truths.items():
         if method == "best_of_n":
             found = evaluate.metrics(done.policy(truth), truth)

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -40,6 +41,7 @@ METHOD_FIELDS = (
 )
 CHOICES = {"method": METHODS, "feedback": ("oracle", "learned"), "split": ("train", "test")}
 PER_CONSTRAINT = ("lam", "cost", "budget", "violation")
+taken_up = []  # seconds that earlier processes spent on work that this one goes on from
 PACKAGES = ("torch", "transformers", "tokenizers", "trl", "accelerate", "peft", "datasets", "numpy", "scipy",
             "papermill", "cdpo-utils")  # fmt: skip
 MACHINE = ("cores", "threads", "cpu", "instructions", "gpu")  # which of `versions` one machine has and another has not
@@ -129,6 +131,11 @@ def records_dir():
 def checkpoints_dir():
     """Where the dual loops of a run keep their state, in $CDPO_RUN_DIR; None outside of a run."""
     return Path(run) / "checkpoints" if (run := os.environ.get("CDPO_RUN_DIR")) else None
+
+
+def clock():
+    """Seconds, for differences: those of `taken_up` count, so work that was interrupted is as long as it was."""
+    return time.perf_counter() + sum(taken_up)
 
 
 def source_hash():

@@ -423,10 +423,10 @@ def _run(args, folder, parameters, seconds):
                 print(f"interrupted in {path.name}; --resume {folder} goes on", file=sys.stderr)
                 return 130
             files.write_whole(folder / "done.json", json.dumps(seconds, indent=1))
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of its dual loops, which have ended
             print(f"{label}  {report.minutes(seconds[path.stem])}", flush=True)
 
     shutil.rmtree(folder / "progress", ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: a notebook may train what an earlier one has
     records = read_records(folder)
     summary = summarise(folder, records)
     rows = report.with_intervals(summary["methods"], records)

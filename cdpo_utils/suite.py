@@ -6,7 +6,6 @@ A run that a notebook has recorded with the same parameters is read from its rec
 import ast
 import functools
 import json
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -85,7 +84,7 @@ def train(method, feedback, settings, watch=None):
     who = labs.oracle_feedback(made) if feedback == "oracle" else None
     if method in ("c_dpo", "dual_descent") and feedback == "learned":
         who = made.learned_feedback(*made.scorers())
-    started, descent = time.time(), None
+    started, descent = record.clock(), None
     if method == "dpo_helpful":
         policy, _ = algorithms.dpo(made.lab, made.helpful, beta, schedule)
     elif method == "dpo_harmless":
@@ -109,7 +108,7 @@ def train(method, feedback, settings, watch=None):
         policy, descent = train_pd_dpo(made, beta, budget, steps, report_to=report_to)
     else:
         raise ValueError(f"train: method={method!r}; expected one of {sorted(NOTEBOOKS)}")
-    rows = labs.rows(made, truths, policy, method, NOTEBOOKS[method], feedback, time.time() - started, descent)
+    rows = labs.rows(made, truths, policy, method, NOTEBOOKS[method], feedback, record.clock() - started, descent)
     return rows, [] if descent is None else descent.rounds
 
 
@@ -171,13 +170,13 @@ def train_pretrained(
     methods share is trained once: plain DPO on helpfulness is stage 1 of two-stage primal-dual DPO, and one-shot is the
     first round of dual descent.
     """
-    lab, trained, started = made.lab, {}, time.time()
+    lab, trained, started = made.lab, {}, record.clock()
     looked_at = schedule.steps * schedule.batch_size  # pairs of the first round; scores and references take seconds
 
     def keep(method, descent=None, since=0.0):
-        trained[method] = policies.snapshot(lab.model), descent, time.time() - started + since
+        trained[method] = policies.snapshot(lab.model), descent, record.clock() - started + since
         print(f"{method}: {trained[method][2]:.0f} s", flush=True)
-        return time.time()
+        return record.clock()
 
     loop = dict(samples=samples, max_rounds=max_rounds, tolerance=0.02)
     if {"dpo_helpful", "pd_dpo"} & set(methods):
@@ -236,10 +235,10 @@ def _job(name, feedback, settings):
     if (name, feedback) != ("dual_descent", "oracle"):
         return [[name, feedback, *train(name, feedback, settings)]]
     made, truths = opened(settings)
-    started, first = time.time(), []
+    started, first = record.clock(), []
 
     def one_shot(policy, descent):
-        seconds = time.time() - started
+        seconds = record.clock() - started
         first.extend(labs.rows(made, truths, policy, "one_shot", NOTEBOOKS[name], feedback, seconds, descent))
 
     rows, rounds = train(name, feedback, settings, algorithms.first_round(one_shot))

@@ -7,9 +7,10 @@ Ranks divide each batch, the sampling and the reference log-probabilities (`rank
 answers of all of them, once for every rank. Rank 0 writes `out`/<method>.json: the configuration, the rows of a
 summary, and the rounds; for a pretrained model also the intervals, and the adapter in `out`/<method>/.
 
-The dual loop is kept in `out`/checkpoints/<method> after each round: with --resume, a training that was killed goes on
-from the last one. `report_to: tensorboard` writes the trainers' logs, and the loop's multiplier, cost and violation,
-into `out`/tensorboard; `trackio` and the others that transformers knows are passed on, where they are installed.
+The dual loop is kept in `out`/checkpoints/<method> after each round, and plain DPO at its end: with --resume, a
+training that was killed goes on from there. `report_to: tensorboard` writes the trainers' logs, and the loop's
+multiplier, cost and violation, into `out`/tensorboard; `trackio` and the others that transformers knows are passed on,
+where they are installed.
 
 Exit status: 0 done, 1 the disk was full, 2 not understood or not to be written, and nothing trained.
 """
@@ -219,12 +220,13 @@ def kept(config):
 
 
 def begin(config, resume):
-    """The loops that are there to go on with; without `resume` they are removed. NotUnderstood where there is none."""
+    """Remove what is kept, unless `resume` goes on with it; NotUnderstood where there is nothing then."""
     if not resume:
         shutil.rmtree(kept(config), ignore_errors=True)
     elif not kept(config).exists():
-        raise run.NotUnderstood(f"--resume: nothing is kept in {kept(config)}; expected a loop that was interrupted")
-    return set(kept(config).glob("*"))
+        raise run.NotUnderstood(
+            f"--resume: nothing is kept in {kept(config)}; expected a training that was interrupted"
+        )
 
 
 def write(config, trained):
@@ -246,7 +248,7 @@ def main(argv=None):
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.train", description="Train one method.")
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML, see configs/dual_descent.yaml")
-    parser.add_argument("--resume", action="store_true", help="go on with the loop kept in the configuration's `out`")
+    parser.add_argument("--resume", action="store_true", help="go on with what is kept in the configuration's `out`")
     given = parser.parse_args(argv)
     try:
         config = read_config(given.config)
@@ -257,13 +259,15 @@ def main(argv=None):
             if given.resume:
                 raise run.NotUnderstood("--resume: under FSDP no round is kept; expected a new training, or DDP")
         with writing(config) if ranks.rank() == 0 else contextlib.nullcontext():
-            before = begin(config, given.resume) if ranks.rank() == 0 else ()
+            if ranks.rank() == 0:
+                begin(config, given.resume)
             state.wait_for_everyone()
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.out) / "tensorboard"))
+            before = len(record.taken_up)
             trained = train(config)
             if ranks.rank() == 0:
-                if given.resume and not set(kept(config).glob("*")) <= before:
-                    print("no loop that was kept is of this configuration: trained from the beginning")
+                if given.resume and len(record.taken_up) == before:
+                    print("nothing that was kept is of this configuration: trained from the beginning")
                 write(config, trained)
     except run.NotUnderstood as error:
         print(error, file=sys.stderr)

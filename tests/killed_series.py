@@ -37,7 +37,7 @@ def killed_run(out, seconds, kills, seed):
         process.wait()
         (folder,) = out.glob("2*")
         kept = len(list(folder.glob("checkpoints/*/state")))
-        print(f"kill {k} at {time.monotonic() - began:.0f} s, in {name}; {kept} dual loops are kept", flush=True)
+        print(f"kill {k} at {time.monotonic() - began:.0f} s, in {name}; {kept} trainings are kept", flush=True)
         process = subprocess.Popen([*RUN, "--resume", str(folder)])
     if status := process.wait():
         raise SystemExit(status)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdpo_utils import algorithms, bench, cache, checkpoints, data, dual, labs, policies, record, trainers
+from cdpo_utils import algorithms, bench, cache, checkpoints, data, dual, labs, losses, policies, record, trainers
 from cdpo_utils.algorithms import Schedule
 
 SCHEDULE = Schedule(steps=4, round_steps=3, batch_size=16, lr=1e-2)
@@ -96,6 +96,55 @@ def test_a_killed_loop_ends_with_the_same_bits(name, lab, pairs, oracle, learned
     assert "goes on after round" in capsys.readouterr().out
     monkeypatch.setattr(trainers, "run_steps", None)  # ended: nothing is trained again
     same(run(name, lab, pairs, oracle, learned, tmp_path / "kept"), whole)
+
+
+def test_a_plain_training_that_has_ended_is_not_repeated(lab, pairs, monkeypatch, tmp_path, capsys):
+    frame, run_steps, trained = pairs[1], trainers.run_steps, []
+    monkeypatch.setattr(trainers, "run_steps", lambda *args: trained.append(args) or run_steps(*args))
+
+    def dpo(folder=tmp_path / "kept", beta=1.0, schedule=SCHEDULE):
+        lab.checkpoints, before = folder, len(trained)
+        torch.manual_seed(len(trained))
+        policy, history = algorithms.dpo(lab, frame, beta, schedule)
+        return policies.digest(policies.snapshot(policy)), history, torch.rand(3).tolist(), len(trained) - before
+
+    def timeless(found):
+        return [{k: v for k, v in line.items() if "time" not in k and "second" not in k} for line in found[1]]
+
+    whole, first = dpo(None), dpo()
+    seconds = len(record.taken_up)
+    again = dpo(schedule=replace(SCHEDULE, round_steps=9))
+    assert (again[0], timeless(again), again[2]) == (whole[0], timeless(whole), whole[2]), "bits, history, random state"
+    assert again[1] == first[1] and (first[3], again[3]) == (1, 0) and "trained before" in capsys.readouterr().out
+    assert len(record.taken_up) == seconds + 1 and record.taken_up[-1] > 0
+    others = [dpo(beta=2.0), dpo(schedule=replace(SCHEDULE, steps=5)), dpo(schedule=replace(SCHEDULE, lr=2e-2))]
+    assert [other[3] for other in others] == [1, 1, 1] and len({whole[0], *(other[0] for other in others)}) == 4
+    for folder in (tmp_path / "kept").iterdir():
+        path = folder / "policy"
+        path.write_bytes(path.read_bytes()[:-1])
+    assert dpo()[::3] == (whole[0], 1), "what is damaged is trained again"
+
+
+def test_a_loss_of_its_own_is_a_training_of_its_own(lab, pairs, tmp_path):
+    _, rows = algorithms.some_pairs(lab, pairs[1], SCHEDULE)
+    lab.checkpoints = tmp_path
+    for loss in ({}, {"pair_loss": losses.ipo_loss}, {"pair_loss": losses.ipo_loss}):
+        algorithms.train_once(lab, lab.new_policy(), rows, 1.0, SCHEDULE, **loss)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_seconds_count_what_was_killed(lab, pairs, oracle, learned, tmp_path):
+    """What the rounds that were kept have taken is part of what a loop takes that goes on from them."""
+    with killed_at(9):
+        run("dual_descent", lab, pairs, oracle, learned, tmp_path)
+    (state,) = tmp_path.glob("*/state")
+    kept, began = json.loads(cache.read_checked(state))["seconds"], record.clock()
+    assert len(kept) >= 2 and kept == sorted(kept) and kept[0] > 0
+    before = len(record.taken_up)
+    run("dual_descent", lab, pairs, oracle, learned, tmp_path)
+    assert sum(record.taken_up[before:]) == pytest.approx(kept[-1])
+    ended = json.loads(cache.read_checked(state))["seconds"]
+    assert ended[: len(kept)] == kept and kept[-1] < ended[-1] < record.clock() - began
 
 
 def test_what_was_scored_and_drawn_comes_back(lab, pairs, learned, tmp_path):
