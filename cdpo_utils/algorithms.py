@@ -6,6 +6,7 @@ One trainer lives through all rounds; answers are tokenised once; reference log-
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -147,6 +148,7 @@ class Schedule:
     lr: float = 5e-3  # peak learning rate of the first round's cosine schedule; the k-th round has lr / k
     level: float = 0.03  # weight of losses.level_loss, in units of beta^2
     seed: int = 0
+    epochs: float = float("inf")  # times that `dpo` shows each pair at most: with few pairs it stops before `steps`
     by_length: bool = False  # batches of pairs of like length: less padding, where lengths differ
     report_to: str = "none"  # where the trainers log: "tensorboard", "trackio", ..., where that is installed
 
@@ -218,8 +220,14 @@ def train_once(lab, policy, pairs, beta, schedule, pref_prob=1.0, **loss):
 
 
 def dpo(lab, frame, beta, schedule):
-    """Plain DPO (arXiv:2305.18290) on a frame of prompt, chosen, rejected. Returns the policy and TRL's log history."""
+    """Plain DPO (arXiv:2305.18290) on a frame of prompt, chosen, rejected. Returns the policy and TRL's log history.
+
+    Takes the schedule's steps, or as many as show each pair `schedule.epochs` times where these are fewer, and says so.
+    """
     _, pairs = some_pairs(lab, frame, schedule)
+    if schedule.steps * schedule.batch_size > schedule.epochs * len(pairs):
+        schedule = replace(schedule, steps=math.ceil(schedule.epochs * len(pairs) / schedule.batch_size))
+        print(f"DPO on {len(pairs)} pairs, each shown {schedule.epochs:g} times: {schedule.steps} steps")
     policy = lab.new_policy(schedule.seed)
     return policy, train_once(lab, policy, pairs, beta, schedule)
 

@@ -39,7 +39,8 @@ HUB = {
 TEMPLATES = {"alpaca": beaver.CHAT_TEMPLATE}  # of models that come without one
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}  # on the upper half of the layers, see `lora`
 # Of a policy. The pairs are nobody's samples, hence no level; texts differ in length, hence batches of like ones.
-OPTIMISER = {"batch_size": 4, "lr": 3e-4, "level": 0.0, "by_length": True}
+# Few helpfulness pairs are not to be learned by heart, hence epochs, as many as of a scorer.
+OPTIMISER = {"batch_size": 4, "lr": 3e-4, "level": 0.0, "epochs": 3, "by_length": True}
 SCORER = {"batch_size": 8, "lr": 1e-3, "by_length": True}
 SCORER_PAIRS = 800  # that a scorer looks at: fewer are shown up to three times, more once each
 FORWARD_TOKENS = 2048  # tokens at once where nothing is trained: 0.4 GB of logits

@@ -123,6 +123,15 @@ def test_dpo_trains_on_hard_labels_from_the_reference(lab, helpful, rounds):
     assert policy is seen["trainer"].model is not lab.model
 
 
+def test_few_pairs_are_shown_as_often_as_the_schedule_allows(lab, helpful, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(trainers, "run_steps", lambda trainer, steps, seed: asked.append(steps))
+    for epochs, rows in ((float("inf"), 8), (3, 8), (3, 40), (0.5, 8)):
+        algorithms.dpo(lab, helpful.head(rows), 1.0, replace(QUICK, steps=4, epochs=epochs, batch_size=10))
+    assert asked == [4, 3, 4, 1]
+    assert "DPO on 8 pairs, each shown 3 times: 3 steps" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("labels", ["soft", "sampled"])
 def test_c_dpo_relabels_the_pairs_by_r_minus_lam_c(world, lab, helpful, oracle, rounds, labels):
     _, descent = algorithms.c_dpo(lab, helpful, oracle, 0.0, 1.0, QUICK, labels, samples=4, max_rounds=3, tolerance=0)
