@@ -1,10 +1,11 @@
 """O-PD-DPO, the online version of two-stage primal-dual DPO with an exploration bonus (arXiv:2510.05703), on the bench.
 
-    python -m cdpo_utils.online --seeds 0 1 2
+    python -m cdpo_utils.online --seeds 0 1 2 [--resume]
 
 compares it with itself without the bonus and with the offline method, on worlds of poor coverage (`bench.make_world`):
 the same number of pairs and of optimiser steps for all three. It prints the table and writes build/online.json, with
-every round, build/online.csv, and the figure of the rounds.
+every round, build/online.csv, and the figure of the rounds. What it has trained is kept in build/online.checkpoints
+until it ends: a call that was killed goes on with --resume.
 
 Offline pairs say nothing of answers that the reference hardly gives. Online, each round draws pairs from the policy as
 it is, has them labelled, and adds a bonus b(x, y) = bonus ||phi(x, y)||_{Sigma^-1} to the believed reward and takes it
@@ -25,9 +26,9 @@ approximations; none is measured here.
 import argparse
 import functools
 import json
+import shutil
 import sys
-import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from cdpo_utils import (
     algorithms,
     baselines,
     bench,
+    checkpoints,
     data,
     dual,
     evaluate,
@@ -46,6 +48,7 @@ from cdpo_utils import (
     labs,
     plots,
     policies,
+    record,
     scoring,
     trainers,
 )
@@ -146,23 +149,35 @@ def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus
     labels: a bonus falls as 1 / sqrt(count), and what is left of it after the last round is an error of r and of c.
 
     The record of a round has `labels` (preference labels, two a pair, and votes), `pairs` and `dropped`.
-    watch(policy, rounds) is called after each round.
+    watch(policy, rounds) is called after each round. The loop goes on from `lab.checkpoints`, as others do.
     """
     lab, world = made.lab, made.world
     policy = lab.new_policy(schedule.seed)
     voters = algorithms.votes(labs.oracle_feedback(made), labels, schedule.seed)
     features, counts = world_features(world), np.zeros(world.reward.shape)
     answer_ids = policies.encode_answers(lab.tokenizer, world.answers)
-    now = {"rows": pd.DataFrame(), "drawn": lab.sample_reference(samples, schedule.seed)}  # the policy is still pi_ref
-    stages, ends = [None, None], [None, None]
+    now = {"rows": pd.DataFrame()}
+
+    def compare(drawn, k):
+        """Pairs for round k, of answers `drawn` from the policy as it is."""
+        others = lab.sample_reference(pairs, schedule.seed + 2000 + k)
+        new, now["dropped"] = draw_pairs(made, policy, answer_ids, drawn.first(pairs), others, schedule.seed + k)
+        for y in (new.y_0, new.y_1):
+            np.add.at(counts, (new.x, y), 1)
+        now["rows"], now["pairs"] = pd.concat([now["rows"], new], ignore_index=True), len(new)
+
+    compare(lab.sample_reference(samples, schedule.seed), 0)  # the policy is still pi_ref
+    first = pairs_by(now["rows"], "better", (now["rows"].ref_0, now["rows"].ref_1), np.zeros(counts.shape), beta)
+    stages = [
+        trainers.preference_trainer(
+            policy, lab.tokenizer, first, beta, schedule.batch_size, schedule.lr, schedule.seed, schedule.level
+        )
+        for _ in range(2)
+    ]
+    ends = [None, None]
 
     def train(stage, dataset, strength, before, k):
         """Stage 0 or 1 on its pairs, from where it ended."""
-        if stages[stage] is None:
-            stages[stage] = trainers.preference_trainer(
-                policy, lab.tokenizer, dataset, strength, schedule.batch_size, schedule.lr, schedule.seed,
-                schedule.level,
-            )  # fmt: skip
         policies.restore(policy, ends[stage] or before)
         stages[stage].train_dataset, stages[stage].beta = dataset, strength
         steps = trainers.run_steps(stages[stage], schedule.round_steps, schedule.seed + k, schedule.lr)
@@ -170,14 +185,7 @@ def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus
         return steps
 
     def maximise(lam, k):
-        mine = now["drawn"].first(pairs)
-        others = lab.sample_reference(pairs, schedule.seed + 2000 + k)
-        new, now["dropped"] = draw_pairs(made, policy, answer_ids, mine, others, schedule.seed + k)
-        for y in (new.y_0, new.y_1):
-            np.add.at(counts, (new.x, y), 1)
-        rows = now["rows"] = pd.concat([now["rows"], new], ignore_index=True)
-        now["pairs"] = len(new)
-        table = np.zeros(counts.shape)
+        rows, table = now["rows"], np.zeros(counts.shape)
         if bonus and k < explore:
             table = bonus * uncertainty(counts, *features, ridge)
         start = policies.snapshot(policy)
@@ -190,15 +198,33 @@ def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus
         return steps + train(1, pairs_by(rows, "safer", pi_r, table, strength), strength, ends[0], k)
 
     def measure(k):
-        now["drawn"] = lab.sample(policy, samples, schedule.seed + 1000 + k)
-        costs = voters.on(now["drawn"])[1]
-        spent = 2 * now["pairs"] + labels * costs.size
-        return costs, {"labels": spent, "pairs": now["pairs"], "dropped": now["dropped"]}
+        drawn = lab.sample(policy, samples, schedule.seed + 1000 + k)
+        costs = voters.on(drawn)[1]
+        extra = {"labels": 2 * now["pairs"] + labels * costs.size, "pairs": now["pairs"], "dropped": now["dropped"]}
+        if k + 1 < rounds:
+            compare(drawn, k + 1)
+        return costs, extra
 
+    def watched(done):
+        k = len(done)
+        if store and store.replays and k < rounds:  # what `measure` left behind for the next round
+            compare(lab.sample(policy, samples, schedule.seed + 1000 + k - 1), k)
+        if watch:
+            watch(policy, done)
+
+    store = None
+    if lab.checkpoints is not None:
+        settings = {
+            "method": "O-PD-DPO", "world": [world.reward, world.costs], "prompts": lab.prompts, "labels": labels,
+            "schedule": asdict(schedule), "beta": beta, "budget": budget, "lam": lam, "rounds": rounds, "pairs": pairs,
+            "samples": [samples, lab.sample_rows, lab.shards], "bonus": [bonus, explore, ridge],
+        }  # fmt: skip
+        folder = checkpoints.folder_of(lab.checkpoints, settings, policy, [first])
+        store = checkpoints.Store(folder, policy, stages, [voters.rng], ends=ends)
     # No round is settled while pairs still come, and no multiplier of an unfinished policy brackets lam*.
     return policy, dual.descend(
-        maximise, measure, lam, budget, beta, max_rounds=rounds, tolerance=np.inf, patience=rounds + 1,
-        watch=watch and functools.partial(watch, policy),
+        maximise, measure, lam, budget, beta, max_rounds=rounds, tolerance=np.inf, patience=rounds + 1, watch=watched,
+        store=store,
     )  # fmt: skip
 
 
@@ -220,7 +246,7 @@ def offline(made, budget, beta, schedule, rounds, pairs, samples, labels, watch=
 
 def run_one(method, made, truth, schedule, rounds, pairs, samples, labels, bonus, explore):
     """One of METHODS: a row with its exact metrics, labels and steps, and under `rounds` the same after each round."""
-    started, rare, path = time.time(), bench.rare_answers(made.world), []
+    started, rare, path = record.clock(), bench.rare_answers(made.world), []
     spread = float(evaluate.spread(truth)[0])
 
     def watch(policy, rounds):
@@ -240,7 +266,11 @@ def run_one(method, made, truth, schedule, rounds, pairs, samples, labels, bonus
     total = {name: sum(row[name] for row in path) for name in ("pairs", "dropped", "labels", "steps")}
     exactly = {"rare_exact": rare_mass(truth.optimum.logps, rare), "lam_exact": float(truth.optimum.lam[0])}
     row = {"method": method, "seed": made.seed, **path[-1], **total, **exactly}
-    return row | {"rare_reference": rare_mass(truth.ref_logps, rare), "seconds": time.time() - started, "rounds": path}
+    return row | {
+        "rare_reference": rare_mass(truth.ref_logps, rare),
+        "seconds": record.clock() - started,
+        "rounds": path,
+    }
 
 
 def rare_mass(logps, rare):
@@ -267,10 +297,14 @@ def main(argv=None):
     parser.add_argument("--n-objects", type=int, default=8)
     parser.add_argument("--n-tools", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("build/online"), help="of the .json and the .csv")
+    parser.add_argument("--resume", action="store_true", help="go on with what a call that was killed has trained")
     given = parser.parse_args(argv)
     settings, rows = vars(given) | {"out": str(given.out)}, []
+    kept = given.out.with_name(given.out.name + ".checkpoints")
     try:
         files.writable(given.out.parent)
+        if not given.resume and kept.exists():
+            shutil.rmtree(kept)
     except OSError as error:
         print(guard.disk(error), file=sys.stderr)
         return 2
@@ -281,6 +315,7 @@ def main(argv=None):
             sizes = dict(n_objects=given.n_objects, n_tools=given.n_tools, coverage=given.coverage)
             world = bench.make_world(seed, **sizes)
             made = labs.make_bench(seed, given.rounds * given.pairs * len(world.train), **sizes)
+            made.lab.checkpoints = kept
             truth = made.truth("train", given.beta, given.budget)
             scoring.require_feasible({"train": truth})
             schedule = algorithms.Schedule(steps=given.steps, round_steps=given.steps, lr=3e-3, seed=seed)
@@ -299,6 +334,7 @@ def main(argv=None):
         return 2
     text = json.dumps({"settings": settings, "rows": rows}, indent=1)
     files.write_whole(given.out.with_suffix(".json"), text + "\n")
+    shutil.rmtree(kept, ignore_errors=True)
     table = pd.DataFrame(rows).drop(columns="rounds")
     guard.write_csv(table, given.out.with_suffix(".csv"))
     shown = ["gap", "violation_spreads", "rare", "rare_exact", "lam", "lam_exact", "labels"]

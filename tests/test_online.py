@@ -1,6 +1,7 @@
 """The online method: what the bonus is, which way it pushes, what the rounds hand on, and that it arrives."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -201,6 +202,39 @@ def test_rounds_keep_their_pairs_their_trainers_and_the_account(made, lab, monke
     assert first <= last and len(first) > 5, "old pairs stay"
 
 
+@pytest.mark.parametrize("killed_in", [1, 2, 4, 6])
+def test_a_killed_loop_ends_with_the_same_bits(killed_in, made, monkeypatch, tmp_path, capsys):
+    """The process ends in the training that is the n-th of six: two stages in each of three rounds."""
+    real, left, watched = trainers.run_steps, [0], []
+
+    def run_steps(*args):
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    def loop(folder, trainings=0):
+        made.lab.checkpoints, left[0] = folder, trainings
+        watched.clear()
+        policy, descent = online.o_pd_dpo(
+            made, -1.0, BETA, Schedule(round_steps=2, batch_size=8, lr=1e-2), rounds=3, pairs=3, samples=6, labels=5,
+            bonus=4.0, explore=2, watch=lambda policy, rounds: watched.append(policies.digest(policy.state_dict())),
+        )  # fmt: skip
+        return policies.digest(policy.state_dict()), descent.rounds, list(watched)
+
+    monkeypatch.setattr(trainers, "run_steps", run_steps)
+    whole = loop(None)
+    with pytest.raises(KeyboardInterrupt):
+        loop(tmp_path, killed_in)
+    torch.manual_seed(killed_in)
+    assert loop(tmp_path) == whole and len(set(whole[2])) == 3
+    assert ("goes on after round" in capsys.readouterr().out) == (killed_in > 2)
+    assert loop(tmp_path, 1) == whole, "ended: nothing is trained again"
+    with pytest.raises(KeyboardInterrupt):  # another world's loop is another one
+        made.world = replace(made.world, reward=made.world.reward + 1)
+        loop(tmp_path, 1)
+
+
 def test_without_a_bonus_stage_one_is_plain_dpo_and_at_no_multiplier_it_is_all(made, lab, monkeypatch):
     seen, real = [], trainers.run_steps
 
@@ -240,6 +274,10 @@ def test_a_trained_optimist_goes_where_little_is_known(made, lab, world, monkeyp
     assert above > plain + 0.2 and plain > below + 0.2, (below, plain, above)
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 def test_the_command_prints_its_table_and_writes_both_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(labs.SFT, "steps", 20)
     monkeypatch.setitem(labs.SFT, "n", 2000)
@@ -248,9 +286,18 @@ def test_the_command_prints_its_table_and_writes_both_files(tmp_path, monkeypatc
     monkeypatch.setattr(bench, "make_world", lambda seed, **sizes: make(seed, **(small | sizes)))
     arguments = ["--rounds", "2", "--steps", "2", "--n-objects", "3", "--n-tools", "4", "--coverage", "0.05"]
     arguments += ["--budget", "0.3", "--out", str(tmp_path / "a" / "online")]
-    assert online.main(arguments) == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        steps, left = trainers.run_steps, iter(range(5))  # in the first method, or behind it
+        patch.setattr(trainers, "run_steps", lambda *args: steps(*args) if next(left) < 4 else interrupt())
+        online.main(arguments)
+    assert len(list((tmp_path / "a" / "online.checkpoints").iterdir())) == 1
+    assert online.main([*arguments, "--resume"]) == 0
     said = capsys.readouterr().out
+    assert said.count("goes on after round") == 1
     found = json.loads((tmp_path / "a" / "online.json").read_text())
+    assert online.main(arguments) == 0 and "goes on" not in capsys.readouterr().out
+    again = json.loads((tmp_path / "a" / "online.json").read_text())["rows"]
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in found["rows"]]
     assert [row["method"] for row in found["rows"]] == list(online.METHODS) and found["settings"]["rounds"] == 2
     for row in found["rows"]:
         assert row["steps"] == 2 * 2 * 2 and len(row["rounds"]) == 2 and row["method"] in said
@@ -263,6 +310,7 @@ def test_the_command_prints_its_table_and_writes_both_files(tmp_path, monkeypatc
         assert any(np.allclose(path, [round_["rare"] for round_ in row["rounds"]]) for path in drawn)
     assert np.allclose(drawn[-1], found["rows"][0]["rare_exact"])
     plt.close(fig)
+    assert not (tmp_path / "a" / "online.checkpoints").exists()
     table = (tmp_path / "a" / "online.csv").read_text().splitlines()
     assert (tmp_path / "a" / "online_rounds.png").stat().st_size > 10_000
     assert len(table) == 4 and {"gap", "violation_spreads", "rare", "labels"} <= set(table[0].split(","))
