@@ -210,10 +210,10 @@ def train_once(lab, policy, pairs, beta, schedule, pref_prob=1.0, **loss):
         trainers.run_steps(trainer, schedule.steps, schedule.seed)
         return trainer.state.log_history
 
-    if lab.checkpoints is None:
+    if lab.checkpoints is None or torch.cuda.is_available():  # see `checkpoints.once`
         return train()
     settings = {"method": "DPO", "beta": beta, "max_length": lab.max_length}
-    settings |= {"loss": {name: function.__name__ for name, function in loss.items()}}
+    settings |= {"loss": [function.__name__ for function in loss.values()]}  # of `losses`
     settings |= {"schedule": asdict(replace(schedule, round_steps=0))}  # it has no further rounds
     folder = ranks.of_first(checkpoints.folder_of(lab.checkpoints, settings, policy, [pairs]))
     return checkpoints.once(folder, policy, train)
@@ -227,7 +227,8 @@ def dpo(lab, frame, beta, schedule):
     _, pairs = some_pairs(lab, frame, schedule)
     if schedule.steps * schedule.batch_size > schedule.epochs * len(pairs):
         schedule = replace(schedule, steps=math.ceil(schedule.epochs * len(pairs) / schedule.batch_size))
-        print(f"DPO on {len(pairs)} pairs, each shown {schedule.epochs:g} times: {schedule.steps} steps")
+        if ranks.rank() == 0:
+            print(f"DPO on {len(pairs)} pairs, each shown {schedule.epochs:g} times: {schedule.steps} steps")
     policy = lab.new_policy(schedule.seed)
     return policy, train_once(lab, policy, pairs, beta, schedule)
 

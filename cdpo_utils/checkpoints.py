@@ -11,6 +11,7 @@ in its last digit on the batch it was computed in.
 import hashlib
 import json
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,8 +86,10 @@ class Store:
         self.replays, self.seconds = True, state["seconds"]
         for k, kept in enumerate(weights, start=1):
             policies.restore(self.policy, kept)
-            record.taken_up.append(self.seconds[k - 1] - (self.seconds[k - 2] if k > 1 else 0.0))
+            record.taken_up.append((self.folder.name, self.seconds[k - 1] - (self.seconds[k - 2] if k > 1 else 0.0)))
+            shown = time.perf_counter()
             watch(rounds[:k])
+            record.taken_up.append((self.folder.name, shown - time.perf_counter()))  # it was watched before, too
         self.replays = False
         for i, trainer in enumerate(self.trainers):
             trainers.restore_moments(trainer, _part(moments, f"{i}/moment/"))
@@ -96,7 +99,8 @@ class Store:
         for generator, kept in zip(self.generators, state["generators"], strict=True):
             generator.bit_generator.state = kept
         torch.set_rng_state(moments["random"])
-        print(f"goes on after round {len(rounds)}, from {self.folder.name}")
+        if ranks.rank() == 0:
+            print(f"goes on after round {len(rounds)}, from {self.folder.name}")
         return np.array(state["lam"]), rounds, state["end"] and tuple(state["end"])
 
     def _read(self):
@@ -117,14 +121,17 @@ class Store:
 
 def once(folder, policy, train):
     """train(), which trains `policy` in place and returns a JSON value; where that has ended before, the policy's
-    weights and the value are taken from `folder`. Where they cannot be kept that is said."""
+    weights and the value are taken from `folder`. Where they cannot be kept that is said.
+
+    On a processor: where there is a GPU a trainer moves the policy there and lets it run in bf16 ever after."""
     body, weights = (cache.read_checked(folder / name) for name in ("state", "policy"))
     if all(ranks.merge({ranks.rank(): body is not None and weights is not None}).values()):
         state, weights = json.loads(body), load(weights)
         torch.set_rng_state(weights.pop("/random"))
         policies.restore(policy, weights)
-        record.taken_up.append(state["seconds"])
-        print(f"trained before, in {state['seconds']:.0f} s: {folder.name}")
+        record.taken_up.append((folder.name, state["seconds"]))
+        if ranks.rank() == 0:
+            print(f"trained before, in {state['seconds']:.0f} s: {folder.name}")
         return state["value"]
     started, value = record.clock(), train()
     if ranks.rank() == 0:

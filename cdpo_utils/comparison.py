@@ -17,6 +17,7 @@ how many sampled answers it had scored (`answers`).
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -65,6 +66,13 @@ KNOBS = {  # method: (name of the knob, its values)
     "dual_descent": ("rate", RATES),
     "pd_dpo": ("rate", RATES),
 }
+NAMES = {
+    "dpo_helpful": "plain DPO, helpful", "dpo_harmless": "plain DPO, harmless", "best_of_n": "best of n",
+    "safe_dpo": "SafeDPO", "bfpo": "BFPO", "modpo": "MODPO", "sacpo": "SACPO", "p_sacpo": "P-SACPO",
+    "repo": "RePO's penalty", "safe_rlhf": "Safe RLHF's gradient (RLOO)", "pecan": "PeCAN",
+    "one_shot": "one-shot (MoCAN)", "c_dpo": "C-DPO", "dual_descent": "dual descent",
+    "pd_dpo": "two-stage primal-dual DPO",
+}  # fmt: skip
 HARD = {  # methods that look at labels in the steps of a policy: the share of these steps
     "dpo_helpful": 1.0, "dpo_harmless": 1.0, "safe_dpo": 1.0, "bfpo": 1.0, "modpo": 1.0, "sacpo": 1.0,
     "p_sacpo": 1.0, "pecan": 2 / 3, "pd_dpo": 1.0,
@@ -379,7 +387,7 @@ def main(argv=None):
     given = parser.parse_args(argv)
     names = ("n_pairs", "n_objects", "n_tools", "beta", "budget")
     settings = {name: getattr(given, name) for name in names} | {"budget_from": "absolute"}
-    started = time.time()
+    started, part = time.time(), given.out / "comparison.part.json"
     try:
         files.writable(given.out)
     except OSError as error:
@@ -395,13 +403,16 @@ def main(argv=None):
             return 0
         for found in compare(given.methods, given.seeds, settings, given.steps):
             result = {"settings": settings, "knobs": KNOBS, "seconds": time.time() - started} | found
-            files.write_whole(given.out / "comparison.json", json.dumps(result, indent=1))  # a killed run leaves worlds
+            files.write_whole(part, json.dumps(result, indent=1))  # what a killed run leaves
             print(f"seed {found['rows'][-1]['seed']}: done after {result['seconds']:.0f} s", flush=True)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    os.replace(part, given.out / "comparison.json")
     tuning, rows, papers, frontiers = (found[name] for name in ("tuning", "rows", "papers", "frontiers"))
-    print(table(rows + [row for row in papers if row not in rows]).to_string(index=False))
+    for n in sorted(given.steps, reverse=True):
+        print(f"\n{n} steps\n\n{markdown([row for row in rows if row['steps'] == n])}")
+    print(f"\nas their papers have it, {max(given.steps)} steps\n\n{markdown(papers)}\n")
     for row in tuning + rows:
         if row["path"]:
             print(f"{row['method']} {row['knob']:g}, seed {row['seed']}, {row['steps']} steps: multiplier swings by "
@@ -428,6 +439,21 @@ def table(rows):
             line | {"worst |violation|": worst, "labels": mine.labels.iloc[0], "answers": mine.answers.iloc[0]}
         )
     return pd.DataFrame(lines).sort_values(["steps", "gap"], ascending=[False, True]).round(3)
+
+
+def markdown(rows):
+    """`table` of rows with one number of steps as a Markdown table, violations in spreads of the cost."""
+    lines = [["method", "knob", "gap, training prompts", "gap, unseen prompts", "violation / spread", "largest",
+              "labels looked at", "answers scored"]]  # fmt: skip
+    lines.append(["---"] * len(lines[0]))
+    for row in table(rows).to_dict("records"):
+        shown = []
+        for name, pattern, unit in (("gap", ".1f", " %"), ("gap test", ".1f", " %"), ("violation", "+z.2f", "")):
+            half = f" ± {row[f'{name} ±']:{pattern.lstrip('+z')}}" if row["seeds"] > 1 else ""  # no interval of one
+            shown.append(f"{row[name]:{pattern}}".replace("-", "−") + half + unit)
+        spent = (f"{row[name]:,}" for name in ("labels", "answers"))
+        lines.append([NAMES[row["method"]], row["knob"], *shown, f"{row['worst |violation|']:.2f}", *spent])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(rows, tuning, frontiers, folder):

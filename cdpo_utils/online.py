@@ -5,7 +5,7 @@
 compares it with itself without the bonus and with the offline method, on worlds of poor coverage (`bench.make_world`):
 the same number of pairs and of optimiser steps for all three. It prints the table and writes build/online.json, with
 every round, build/online.csv, and the figure of the rounds. What it has trained is kept in build/online.checkpoints
-until it ends: a call that was killed goes on with --resume.
+until it ends: a call that was killed goes on with --resume, on a processor.
 
 Offline pairs say nothing of answers that the reference hardly gives. Online, each round draws pairs from the policy as
 it is, has them labelled, and adds a bonus b(x, y) = bonus ||phi(x, y)||_{Sigma^-1} to the believed reward and takes it
@@ -217,7 +217,7 @@ def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus
         settings = {
             "method": "O-PD-DPO", "world": [world.reward, world.costs], "prompts": lab.prompts, "labels": labels,
             "schedule": asdict(schedule), "beta": beta, "budget": budget, "lam": lam, "rounds": rounds, "pairs": pairs,
-            "samples": [samples, lab.sample_rows, lab.shards], "bonus": [bonus, explore, ridge],
+            "samples": [samples, lab.sample_rows, lab.shards, lab.max_new_tokens], "bonus": [bonus, explore, ridge],
         }  # fmt: skip
         folder = checkpoints.folder_of(lab.checkpoints, settings, policy, [first])
         store = checkpoints.Store(folder, policy, stages, [voters.rng], ends=ends)
@@ -299,18 +299,27 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("build/online"), help="of the .json and the .csv")
     parser.add_argument("--resume", action="store_true", help="go on with what a call that was killed has trained")
     given = parser.parse_args(argv)
-    settings, rows = vars(given) | {"out": str(given.out)}, []
+    if given.pairs > given.samples:
+        print(f"pairs {given.pairs}; expected at most samples, {given.samples}: pairs are of these", file=sys.stderr)
+        return 2
     kept = given.out.with_name(given.out.name + ".checkpoints")
     try:
         files.writable(given.out.parent)
-        if not given.resume and kept.exists():
-            shutil.rmtree(kept)
     except OSError as error:
         print(guard.disk(error), file=sys.stderr)
         return 2
+    with files.alone(given.out.with_name(given.out.name + ".lock")):
+        there = set(kept.glob("*"))
+        if not given.resume and there:
+            shutil.rmtree(kept)
+        return _compare(given, kept, there if given.resume else ())
+
+
+def _compare(given, kept, there):
+    """What the command line asks for; `there` are the trainings in the folder `kept` that it may go on with."""
+    settings = {name: value for name, value in vars(given).items() if name != "resume"} | {"out": str(given.out)}
+    rows, before = [], len(record.taken_up)
     try:
-        if given.pairs > given.samples:
-            raise ValueError(f"pairs {given.pairs}; expected at most samples, {given.samples}: pairs are made of these")
         for seed in given.seeds:
             sizes = dict(n_objects=given.n_objects, n_tools=given.n_tools, coverage=given.coverage)
             world = bench.make_world(seed, **sizes)
@@ -334,6 +343,7 @@ def main(argv=None):
         return 2
     text = json.dumps({"settings": settings, "rows": rows}, indent=1)
     files.write_whole(given.out.with_suffix(".json"), text + "\n")
+    record.tell_unused(there, before)
     shutil.rmtree(kept, ignore_errors=True)
     table = pd.DataFrame(rows).drop(columns="rounds")
     guard.write_csv(table, given.out.with_suffix(".csv"))

@@ -41,7 +41,7 @@ METHOD_FIELDS = (
 )
 CHOICES = {"method": METHODS, "feedback": ("oracle", "learned"), "split": ("train", "test")}
 PER_CONSTRAINT = ("lam", "cost", "budget", "violation")
-taken_up = []  # seconds that earlier processes spent on work that this one goes on from
+taken_up = []  # (name of a training, seconds) that were spent before on what this process goes on from, see `clock`
 PACKAGES = ("torch", "transformers", "tokenizers", "trl", "accelerate", "peft", "datasets", "numpy", "scipy",
             "papermill", "cdpo-utils")  # fmt: skip
 MACHINE = ("cores", "threads", "cpu", "instructions", "gpu")  # which of `versions` one machine has and another has not
@@ -129,13 +129,21 @@ def records_dir():
 
 
 def checkpoints_dir():
-    """Where the dual loops of a run keep their state, in $CDPO_RUN_DIR; None outside of a run."""
+    """Where the trainings of a run are kept, in $CDPO_RUN_DIR; None outside of a run."""
     return Path(run) / "checkpoints" if (run := os.environ.get("CDPO_RUN_DIR")) else None
 
 
 def clock():
-    """Seconds, for differences: those of `taken_up` count, so work that was interrupted is as long as it was."""
-    return time.perf_counter() + sum(taken_up)
+    """Seconds, for differences: those of `taken_up` count, so of work that was interrupted only the part is missing
+    that was lost."""
+    return time.perf_counter() + sum(seconds for _, seconds in taken_up)
+
+
+def tell_unused(folders, before):
+    """Name those of `folders` that nothing in `taken_up`[before:] came from."""
+    used = {name for name, _ in taken_up[before:]}
+    if unused := sorted(folder.name for folder in folders if folder.name not in used):
+        print(f"kept, but damaged or of other settings, and not used: {', '.join(unused)}")
 
 
 def source_hash():

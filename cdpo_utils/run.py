@@ -2,7 +2,8 @@
 
 Each run gets a folder of its own, runs/<time>/, with the executed notebooks, their records, summary.json and an HTML
 report; runs/latest leads to the newest complete one. A run that was killed goes on with --resume runs/<time>: notebooks
-that were done are not run again, in the one that was interrupted dual loops go on after their last whole round.
+that were done are not run again; in the one that was interrupted dual loops go on after their last whole round, and
+plain DPO trainings that had ended are not repeated.
 Exit status: 0 done, 1 a notebook failed or the disk was full, 2 not understood or not to be written, and nothing run,
 130 interrupted.
 """

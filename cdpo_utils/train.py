@@ -215,18 +215,17 @@ def writing(config):
 
 
 def kept(config):
-    """The folder in which the rounds of the method's dual loop are kept."""
+    """The folder in which the method's trainings are kept."""
     return Path(config.out) / "checkpoints" / config.method
 
 
 def begin(config, resume):
-    """Remove what is kept, unless `resume` goes on with it; NotUnderstood where there is nothing then."""
+    """The trainings that `resume` may go on with, which are removed without it; NotUnderstood where there are none."""
     if not resume:
-        shutil.rmtree(kept(config), ignore_errors=True)
+        shutil.rmtree(kept(config), ignore_errors=True)  # none are left
     elif not kept(config).exists():
-        raise run.NotUnderstood(
-            f"--resume: nothing is kept in {kept(config)}; expected a training that was interrupted"
-        )
+        raise run.NotUnderstood(f"--resume: nothing is kept in {kept(config)}; expected a training with a whole round")
+    return set(kept(config).glob("*"))
 
 
 def write(config, trained):
@@ -257,17 +256,15 @@ def main(argv=None):
         if ranks.sharded():
             check_sharding(state.distributed_type)
             if given.resume:
-                raise run.NotUnderstood("--resume: under FSDP no round is kept; expected a new training, or DDP")
+                raise run.NotUnderstood("--resume: under FSDP nothing is kept; expected a new training, or DDP")
         with writing(config) if ranks.rank() == 0 else contextlib.nullcontext():
-            if ranks.rank() == 0:
-                begin(config, given.resume)
+            there = begin(config, given.resume) if ranks.rank() == 0 else ()
             state.wait_for_everyone()
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(config.out) / "tensorboard"))
             before = len(record.taken_up)
             trained = train(config)
             if ranks.rank() == 0:
-                if given.resume and len(record.taken_up) == before:
-                    print("nothing that was kept is of this configuration: trained from the beginning")
+                record.tell_unused(there, before)
                 write(config, trained)
     except run.NotUnderstood as error:
         print(error, file=sys.stderr)

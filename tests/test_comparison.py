@@ -134,7 +134,8 @@ def test_the_command_tunes_and_writes_its_rows(tmp_path):
     assert [row["steps"] for row in found["rows"]] == [4, 4, 8, 8]
     assert [row["knob"] for row in found["papers"]] == [0.01, "4 rounds, drawn labels"]
     assert "4 rounds, drawn labels" in done.stdout
-    assert "safe_rlhf" in done.stdout and "dual_descent" in done.stdout
+    assert "| Safe RLHF's gradient (RLOO) | dual_lr " in done.stdout and "| dual descent | rate " in done.stdout
+    assert sorted(path.name for path in tmp_path.glob("comparison*")) == ["comparison.json"]
     assert done.stdout.count("multiplier swings by") == 6 + 4, "of each value tried, and of each row"
     for name in ("gaps", "plane", "compute", "multipliers"):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
@@ -167,6 +168,10 @@ def test_the_table_over_seeds_by_hand():
     rows = [row | dict(gap=g, violation=v) for g, v in ((1.0, 2.0), (3.0, -4.0))]
     line = comparison.table(rows).iloc[0]
     assert line["gap"] == 2.0 and line["gap ±"] == pytest.approx(12.706, abs=1e-3), "t of one degree of freedom"
+    shown = comparison.markdown(rows).splitlines()
+    assert shown[2] == "| SACPO | lam 0.6 | 2.0 ± 12.7 % | 1.0 ± 0.0 % | −0.50 ± 19.06 | 2.00 | 5 | 0 |"
+    assert "| +0.00 |" in comparison.markdown([rows[0] | {"violation": -0.001}]), "no minus of nothing"
+    assert comparison.markdown(rows[:1]).endswith("| SACPO | lam 0.6 | 1.0 % | 1.0 % | +1.00 | 1.00 | 5 | 0 |")
     assert line["violation"] == -0.5 and line["worst |violation|"] == 2.0 and line["knob"] == "lam 0.6"
 
 
@@ -196,6 +201,10 @@ def test_every_method_at_every_budget_with_the_knobs_of_budget_zero(monkeypatch,
 
 def test_swing_is_of_the_second_half():
     assert comparison.swing([[0.25, 9.0, 0], [0.5, 9.0, 0], [0.75, 1.0, 0], [1.0, 3.0, 0]]) == 1.0
+
+
+def test_every_method_has_a_name():
+    assert comparison.NAMES.keys() == comparison.KNOBS.keys() and len(set(comparison.NAMES.values())) == 15
 
 
 def test_every_knob_has_three_values_and_the_tuned_one_is_among_them():

@@ -1,6 +1,7 @@
 """The online method: what the bonus is, which way it pushes, what the rounds hand on, and that it arrives."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from cdpo_utils import bench, evaluate, exact, labs, losses, online, plots, policies, trainers
+from cdpo_utils import bench, evaluate, exact, files, labs, losses, online, plots, policies, trainers
 from cdpo_utils.algorithms import Schedule
 from cdpo_utils.bench import sigmoid
 from cdpo_utils.logprobs import response_logps
@@ -215,6 +216,7 @@ def test_a_killed_loop_ends_with_the_same_bits(killed_in, made, monkeypatch, tmp
 
     def loop(folder, trainings=0):
         made.lab.checkpoints, left[0] = folder, trainings
+        made.lab.cache.clear()  # as in a new process
         watched.clear()
         policy, descent = online.o_pd_dpo(
             made, -1.0, BETA, Schedule(round_steps=2, batch_size=8, lr=1e-2), rounds=3, pairs=3, samples=6, labels=5,
@@ -291,10 +293,19 @@ def test_the_command_prints_its_table_and_writes_both_files(tmp_path, monkeypatc
         patch.setattr(trainers, "run_steps", lambda *args: steps(*args) if next(left) < 4 else interrupt())
         online.main(arguments)
     assert len(list((tmp_path / "a" / "online.checkpoints").iterdir())) == 1
+    kept = next((tmp_path / "a" / "online.checkpoints").iterdir())
+    assert online.main([*arguments, "--pairs", "9"]) == 2 and kept.exists()
+    assert "pairs 9; expected at most samples, 8" in capsys.readouterr().err
+    kept.with_name("another").mkdir()
+    shutil.copytree(kept, tmp_path / "copy")
+    with files.alone(tmp_path / "a" / "online.lock"):
+        assert online.main(arguments) == 1 and kept.exists()
+    assert "in use by another process" in capsys.readouterr().err
     assert online.main([*arguments, "--resume"]) == 0
     said = capsys.readouterr().out
-    assert said.count("goes on after round") == 1
+    assert said.count("goes on after round") == 1 and "not used: another\n" in said
     found = json.loads((tmp_path / "a" / "online.json").read_text())
+    shutil.copytree(tmp_path / "copy", kept)
     assert online.main(arguments) == 0 and "goes on" not in capsys.readouterr().out
     again = json.loads((tmp_path / "a" / "online.json").read_text())["rows"]
     assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in found["rows"]]
@@ -314,6 +325,4 @@ def test_the_command_prints_its_table_and_writes_both_files(tmp_path, monkeypatc
     table = (tmp_path / "a" / "online.csv").read_text().splitlines()
     assert (tmp_path / "a" / "online_rounds.png").stat().st_size > 10_000
     assert len(table) == 4 and {"gap", "violation_spreads", "rare", "labels"} <= set(table[0].split(","))
-    assert online.main([*arguments, "--pairs", "9"]) == 2
-    assert "pairs 9; expected at most samples, 8" in capsys.readouterr().err
     assert online.main([*arguments, "--budget", "-50"]) == 2 and "cannot be met" in capsys.readouterr().err

@@ -283,6 +283,23 @@ def test_two_stages_run_and_are_judged_by_samples(made):
         assert tests.passed[method] == (tests.upper[method] <= budget) and 0 <= estimate[method, "safe"] <= 1
 
 
+def test_a_later_notebook_begins_with_what_an_earlier_one_has_trained(folder, files, tmp_path, monkeypatch, capsys):
+    """Stage 1 of notebook 06 is notebook 02's training: the model, the rows and the steps are the same."""
+    monkeypatch.setenv("CDPO_CACHE", str(tmp_path / "cache"))
+    found = []
+    for own in ({}, {"round_steps": 1}):
+        made = opened(folder, data_file=files["data_file"])
+        made.lab.checkpoints = tmp_path / "kept"
+        policy, history = algorithms.dpo(
+            made.lab, made.helpful, 0.1, algorithms.Schedule(steps=2, **own, **made.optimiser)
+        )
+        found.append((policies.digest(policies.snapshot(policy)), history))
+        monkeypatch.setattr(algorithms.trainers, "run_steps", None)
+    assert found[0] == found[1] and "trained before" in capsys.readouterr().out
+    fresh = opened(folder, data_file=files["data_file"]).lab
+    assert found[0][0] != policies.digest(policies.snapshot(fresh.new_policy()))
+
+
 def test_the_sampled_kl_agrees_with_a_fresh_computation(made):
     policy = made.lab.new_policy()
     with torch.no_grad():

@@ -129,3 +129,18 @@ def test_versions_do_not_import_torch():
 def test_peak_is_in_mib():
     ballast = bytearray(200 * 2**20)
     assert 200 < record.peak_mib() < 100_000, len(ballast)
+
+
+def test_the_clock_counts_what_was_spent_before(monkeypatch):
+    monkeypatch.setattr(record, "taken_up", [("a", 5.0)])
+    began = record.clock()
+    record.taken_up.append(("b", 100.0))
+    assert 100 <= record.clock() - began < 101
+
+
+def test_what_was_kept_and_not_used_is_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(record, "taken_up", [("a", 5.0), ("b", 1.0)])
+    record.tell_unused({tmp_path / name for name in "abc"}, 1)
+    assert capsys.readouterr().out.endswith("not used: a, c\n")
+    record.tell_unused({tmp_path / "b"}, 1)
+    assert capsys.readouterr().out == ""

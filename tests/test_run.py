@@ -239,7 +239,9 @@ with (Path(log) / "begun").open("a") as file:
     file.write("{name}\\n")
 import time
 time.sleep(0.5)
-from cdpo_utils.record import METHOD_FIELDS, save_record
+from cdpo_utils.record import METHOD_FIELDS, checkpoints_dir, save_record
+(checkpoints_dir() / "{name}").mkdir(parents=True, exist_ok=True)
+assert len(list(checkpoints_dir().iterdir())) == {place}, "what earlier notebooks have trained stays for later ones"
 row = dict.fromkeys(METHOD_FIELDS) | dict(method="reference", notebook="{name}", setting="bench", seed=seed)
 row |= dict(feedback="oracle", split="test", reward={reward})
 save_record("{name}", dict(seed=seed), [row])
@@ -252,7 +254,7 @@ def counted(tmp_path):
     folder = tmp_path / "notebooks"
     for k, name in enumerate(("01_a", "02_b", "03_c")):
         parameters = f"seed: int = 0  # s\nlog: str = {str(tmp_path)!r}  # where"
-        write(folder / f"{name}.ipynb", COUNTS.format(name=name, reward=k / 3), parameters=parameters)
+        write(folder / f"{name}.ipynb", COUNTS.format(name=name, place=k + 1, reward=k / 3), parameters=parameters)
     code = (
         "import sys, pathlib; from cdpo_utils import run; sys.exit(run.main(sys.argv[2:], pathlib.Path(sys.argv[1])))"
     )
@@ -282,6 +284,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(counted, tmp_p
     assert process.wait(120) == 0 and kills >= 2
     methods = [json.loads((run_ / "summary.json").read_text())["methods"] for run_ in (whole, folder)]
     assert methods[0] == methods[1] and len(methods[0]) == 3
+    assert not (whole / "checkpoints").exists() and not (folder / "checkpoints").exists()
     before = (tmp_path / "begun").read_text()
     resume = [*counted, "--resume", str(folder), "--no-report"]
     again = subprocess.run(resume, capture_output=True, text=True, timeout=120)
