@@ -463,7 +463,7 @@ def draw(rows, tuning, frontiers, folder):
         ("gaps", plots.equal_terms, [most]), ("plane", plots.equal_plane, [most, frontiers]),
         ("compute", plots.gap_against_compute, [rows]), ("multipliers", plots.multiplier_paths, [most, tuning]),
     ):  # fmt: skip
-        fig, axes = plt.subplots(1, 1 if name in ("plane", "compute") else 2, figsize=(10, 4.6))
+        fig, axes = plt.subplots(1, 1 if name == "compute" else 2, figsize=(10, 4.6))
         function(axes, *shown)
         fig.tight_layout()
         plots.save(fig, folder / name)

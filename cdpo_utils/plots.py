@@ -398,25 +398,28 @@ def equal_terms(axes, rows):
     return axes
 
 
-def equal_plane(ax, rows, frontiers):
-    """Each method's place relative to the optimum of its world, violation in spreads of the cost against reward, with
-    the exact trade-off of every world (`comparison.frontier`). With five seeds or more, the ellipse that holds the mean
-    over worlds with 95 % confidence (Hotelling)."""
+def equal_plane(axes, rows, frontiers):
+    """Two axes: each method's place relative to the optimum of its world, violation in spreads of the cost against
+    reward, with the exact trade-off of every world (`comparison.frontier`); and what is near the optimum. With five
+    seeds or more, the ellipse that holds the mean over worlds with 95 % confidence (Hotelling)."""
     frame = pd.DataFrame(rows).assign(x=lambda row: row.violation / row.spread, y=lambda row: -row.reward_lost)
-    for _, world in pd.DataFrame(frontiers).groupby("seed"):
-        ax.plot(world.violation, -world.reward_lost, color=OPTIMUM, linewidth=0.6, alpha=0.6)
-    ax.plot([], [], color=OPTIMUM, linewidth=0.6, label="exact Pareto curves")
-    colours = itertools.cycle(plt.get_cmap("tab20").colors)
-    for (method, mine), colour in zip(frame.groupby("method", sort=False), colours, strict=False):
-        colour = METHOD_COLOURS.get(method, colour)
-        ax.plot(mine.x, mine.y, METHOD_MARKERS.get(method, "o"), color=colour, markersize=5, label=method, alpha=0.8)
-        if len(mine) >= 5:
-            ax.plot(*confidence_ellipse(mine[["x", "y"]].to_numpy()).T, color=colour, linewidth=1.5)
-    ax.plot(0, 0, "*", color=OPTIMUM, markersize=14, label="constrained optimum")
-    ax.axvline(0, color=BUDGET, linestyle="--", linewidth=1.5, label="budget")
-    ax.set(xlabel="violation (spreads of the cost)", ylabel="reward less the optimum's (logits)")
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return ax
+    for ax in axes:
+        for _, world in pd.DataFrame(frontiers).groupby("seed"):
+            ax.plot(world.violation, -world.reward_lost, color=OPTIMUM, linewidth=0.6, alpha=0.6)
+        ax.plot([], [], color=OPTIMUM, linewidth=0.6, label="exact Pareto curves")
+        colours = itertools.cycle(plt.get_cmap("tab20").colors)
+        for (method, mine), colour in zip(frame.groupby("method", sort=False), colours, strict=False):
+            colour, marker = METHOD_COLOURS.get(method, colour), METHOD_MARKERS.get(method, "o")
+            ax.plot(mine.x, mine.y, marker, color=colour, markersize=5, label=method, alpha=0.8)
+            if len(mine) >= 5:
+                ax.plot(*confidence_ellipse(mine[["x", "y"]].to_numpy()).T, color=colour, linewidth=1.5)
+        ax.plot(0, 0, "*", color=OPTIMUM, markersize=14, label="constrained optimum")
+        ax.axvline(0, color=BUDGET, linestyle="--", linewidth=1.5, label="budget")
+        ax.set(xlabel="violation (spreads of the cost)")
+    axes[0].set(ylabel="reward less the optimum's (logits)")
+    axes[1].set(xlim=(-0.15, 0.15), ylim=(-0.5, 0.15), title="near the optimum")
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return axes
 
 
 def confidence_ellipse(points, confidence=0.95, corners=100):

@@ -1,11 +1,12 @@
-"""Recorded results of a pretrained model: made with the shipped configuration, and shown in the README as they are."""
+"""Recorded results: made with what is shipped, and shown in the README as they are."""
 
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from cdpo_utils import report, train
+from cdpo_utils import claims, comparison, report, train
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "tests/reference/smollm2").glob("seed-*.json"))
@@ -40,3 +41,52 @@ def test_the_readme_shows_what_is_recorded():
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     for line in report.main(FILES).splitlines():
         assert line in readme
+
+
+def test_the_readme_shows_the_recorded_comparison():
+    rows = pd.read_csv(ROOT / "tests/reference/comparison.csv")
+    rows["knob"] = [
+        knob if pd.isna(value) else value for knob, value in zip(rows.knob, as_numbers(rows.knob), strict=True)
+    ]
+    most = rows[(rows.table == "rows") & (rows.steps == 600)].to_dict("records")
+    papers = rows[rows.table == "papers"].to_dict("records")
+    assert {row["seed"] for row in most} == {row["seed"] for row in papers} == {0, 1, 2, 3, 4}
+    shown = [*comparison.markdown(most).splitlines(), *comparison.markdown(papers).splitlines()]
+    for line in claims.of_comparison(rows[rows.table == "rows"].to_dict("records")):
+        shown.append(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for line in shown:
+        assert line in readme
+
+
+def test_the_recorded_comparison_took_the_knobs_that_are_shipped():
+    """Those of the smallest gap on the validation world; what papers have is run as `PAPERS` says."""
+    rows = pd.read_csv(ROOT / "tests/reference/comparison.csv")
+    tuning = rows[rows.table == "tuning"]
+    best = tuning.loc[tuning.groupby("method").gap.idxmin()].set_index("method").knob
+    assert as_numbers(best).to_dict() == comparison.TUNED and set(tuning.seed) == {comparison.VALIDATION_SEED}
+    for method, mine in rows[rows.table != "tuning"].groupby("method"):
+        used = mine[mine.table == "rows"].knob
+        assert set(as_numbers(used)) == {comparison.TUNED[method]}
+        assert {str(knob) for knob in mine[mine.table == "papers"].knob} <= {str(comparison.PAPERS.get(method))}
+
+
+def test_what_the_readme_says_of_the_five_worlds():
+    rows = pd.read_csv(ROOT / "tests/reference/comparison.csv")
+    rows = rows[rows.table == "rows"].assign(size=lambda row: (row.violation / row.spread).abs())
+    wide = rows[rows.steps == 600].pivot(index="seed", columns="method", values=["gap", "size"])
+    gap, near = wide["gap"], ["c_dpo", "safe_rlhf", "one_shot", "dual_descent"]
+    assert wide["size"][[*near, "pd_dpo"]].max().max().round(2) == 0.11
+    ahead = {(a, b) for a in near for b in near if (gap[a] < gap[b]).all()}
+    assert ahead == {("c_dpo", "one_shot"), ("c_dpo", "dual_descent")}
+    means = rows.pivot_table(index="steps", columns="method", values="gap").round(1)
+    assert means[["dual_descent", "one_shot"]].loc[[600, 300, 150]].to_numpy().tolist() == [
+        [5.1, 4.6],
+        [7.6, 6.8],
+        [12.4, 10.9],
+    ]
+
+
+def as_numbers(column):
+    """A column of numbers and words with NaN in the place of words."""
+    return pd.to_numeric(column, errors="coerce")
