@@ -44,7 +44,10 @@ OPTIMISER = {"batch_size": 4, "lr": 3e-4, "level": 0.0, "epochs": 3, "by_length"
 SCORER = {"batch_size": 8, "lr": 1e-3, "by_length": True}
 SCORER_PAIRS = 800  # that a scorer looks at: fewer are shown up to three times, more once each
 FORWARD_TOKENS = 2048  # tokens at once where nothing is trained: 0.4 GB of logits
-SAMPLE_ROWS = 64  # answers sampled at once
+SAMPLE_ROWS = {
+    "cpu": 160,
+    "cuda": 64,
+}  # answers sampled at once: a processor is faster with more, a GPU's memory is small
 REFUSAL = re.compile(
     r"\W*(no\b|sorry|i'?m sorry|i am sorry|i can(no|')?t|i am (not|un)able|i'm (not|un)able|as an ai)", re.I
 )
@@ -398,7 +401,9 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     policy = get_peft_model(base, lora(base, task_type="CAUSAL_LM"))
     if base.device.type == "cpu" and base.config.model_type == "llama" and not ranks.sharded():
         Trunk(base, frozen_layers(base))
-    lab = Lab(policy, tokenizer, [], max_new_tokens, max_length, SAMPLE_ROWS, FORWARD_TOKENS, judged=whole)
+    lab = Lab(
+        policy, tokenizer, [], max_new_tokens, max_length, SAMPLE_ROWS[base.device.type], FORWARD_TOKENS, judged=whole
+    )
     lab.sampler = vllm_sampling.sample if vllm else None
     train, held_out, notes, done = {}, {}, [], {}
     for label, frame in frames.items():
