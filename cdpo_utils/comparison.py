@@ -374,7 +374,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.comparison", description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=list(KNOBS), choices=list(KNOBS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", nargs="+", type=int, default=[600], help="of 64 pairs, for each method in all")
+    parser.add_argument("--steps", nargs="+", type=int, default=[200], help="of 64 pairs, for each method in all")
     parser.add_argument("--beta", type=float, default=1.0)
     parser.add_argument("--budget", type=float, default=0.0, help="mean cost allowed, in logits")
     parser.add_argument(
