@@ -44,10 +44,8 @@ OPTIMISER = {"batch_size": 4, "lr": 3e-4, "level": 0.0, "epochs": 3, "by_length"
 SCORER = {"batch_size": 8, "lr": 1e-3, "by_length": True}
 SCORER_PAIRS = 800  # that a scorer looks at: fewer are shown up to three times, more once each
 FORWARD_TOKENS = 2048  # tokens at once where nothing is trained: 0.4 GB of logits
-SAMPLE_ROWS = {
-    "cpu": 160,
-    "cuda": 64,
-}  # answers sampled at once: a processor is faster with more, a GPU's memory is small
+# Answers sampled at once: a processor is faster with more, a GPU would run out of memory for keys and values.
+SAMPLE_ROWS = {"cpu": 160, "cuda": 64}
 REFUSAL = re.compile(
     r"\W*(no\b|sorry|i'?m sorry|i am sorry|i can(no|')?t|i am (not|un)able|i'm (not|un)able|as an ai)", re.I
 )
