@@ -77,6 +77,10 @@ class Bench:
         truth = self.truth("train", 1.0, 0.0)
         return float(exact.expectation(truth.ref_logps, truth.costs)[0])
 
+    def reference_answers(self, n):
+        """`n` answers of the reference per training prompt."""
+        return self.lab.sample_reference(n, self.seed)
+
     def evaluate(self, policy, truth):
         """Exact metrics of a policy on a split."""
         return evaluate.evaluate(policy, self.lab.tokenizer, self.world, truth)

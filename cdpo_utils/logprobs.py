@@ -110,12 +110,20 @@ class TargetLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets):
         logps = torch.empty(len(hidden), device=hidden.device)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows in (slice(start, start + HEAD_ROWS) for start in range(0, len(hidden), HEAD_ROWS)):
-            logits = (hidden[rows] @ weight.T).float()
-            normaliser = logits.logsumexp(-1, keepdim=True)
-            logps[rows] = (logits.gather(-1, targets[rows, None]) - normaliser).squeeze(-1)
+        # Memory for one part's logits, filled again and again: new pages for each part took as long as a product.
+        low = hidden.new_empty(min(HEAD_ROWS, len(hidden)), len(weight))
+        high = low if low.dtype == torch.float32 else torch.empty_like(low, dtype=torch.float32)
+        for start in range(0, len(hidden), HEAD_ROWS):
+            rows = slice(start, min(start + HEAD_ROWS, len(hidden)))
+            logits, rounded = high[: rows.stop - start], low[: rows.stop - start]
+            torch.mm(hidden[rows], weight.T, out=rounded)
+            logits.copy_(rounded)
+            chosen, largest = logits.gather(-1, targets[rows, None]), logits.amax(-1, keepdim=True)
+            total = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+            logps[rows] = (chosen - largest - total.log()).squeeze(-1)
             if slope is not None:
-                slope[rows] = weight[targets[rows]] - logits.sub_(normaliser).exp_().to(weight.dtype) @ weight
+                rounded.copy_(logits.div_(total))
+                slope[rows] = weight[targets[rows]] - rounded @ weight
         ctx.save_for_backward(slope)
         return logps
 

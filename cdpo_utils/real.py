@@ -188,8 +188,12 @@ class Real:
 
     def reference_cost(self, samples=4):
         """Mean learned cost of the reference's answers to the training prompts, `samples` each."""
-        drawn = self.answers(None, samples, self.lab.prompts)
+        drawn = self.reference_answers(samples)
         return float(self.learned_feedback(None, self.scorer("cost")).costs(*drawn.flat()).mean())
+
+    def reference_answers(self, n):
+        """`n` answers of the reference per training prompt, drawn once for all notebooks."""
+        return self.answers(None, n, self.lab.prompts)
 
     def judge(self, candidates, feedback, budget, notebook, samples=2, seconds=None, descents=None):
         """Estimates on held-out prompts, `samples` answers each. Returns (method rows, intervals, constraint tests).

@@ -194,7 +194,7 @@ def train_pretrained(
         _, descent = algorithms.c_dpo(lab, pairs, feedback, budget, beta, schedule, lam=1.0, **loop)
         started = keep("c_dpo", descent)
     if {"one_shot", "dual_descent"} & set(methods):
-        drawn = lab.sample_reference(reference_samples, made.seed)
+        drawn = made.reference_answers(reference_samples)
         loop |= dict(lam=algorithms.starting_lam(feedback.on(drawn), beta, budget), dual_lr=0.5)
         loop |= dict(watch=algorithms.first_round(lambda policy, descent: keep("one_shot", descent)))
         if "dual_descent" not in methods:

@@ -1,6 +1,7 @@
 """The pretrained path with a tiny random Llama and a small file: no network, nothing offensive, seconds."""
 
 import json
+import shutil
 import zipfile
 from copy import deepcopy
 from dataclasses import replace
@@ -13,7 +14,7 @@ from test_train import launch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from cdpo_utils import algorithms, data, fetch, judges, labs, policies, preflight, real, run, suite
+from cdpo_utils import algorithms, data, fetch, judges, labs, policies, preflight, real, record, run, suite
 from cdpo_utils.logprobs import response_logps
 
 TEMPLATE = (  # SmolLM2's, with its default system prompt
@@ -526,13 +527,17 @@ def test_the_comparison_runs_on_a_pretrained_model(folder, files, tmp_path, monk
 
 @pytest.mark.slow
 def test_the_series_runs_on_a_pretrained_model_and_the_comparison_reads_it(folder, files, tmp_path, monkeypatch):
-    """Notebooks 02, 04, 05, 06 by the same parameters, after which 07 has nothing to train and shows their numbers."""
+    """Notebooks 02, 04, 05, 06 by the same parameters, after which 07 has nothing to train and shows their numbers, and
+    08 leaves its policy with a card."""
     monkeypatch.setenv("CDPO_CACHE", str(tmp_path / "cache"))
     given = {"model": folder, "data_file": files["data_file"], "n_pairs": 16, "steps": 4, "max_rounds": 2, "samples": 2,
              "n_prompts": 6, "max_new_tokens": 6, "max_length": 96, "beta": 0.1, "reference_samples": 4,
-             "batch_size": 4, "lr": 1e-3, "budget": -0.01, "budget_from": "reference"}  # fmt: skip
+             "batch_size": 4, "lr": 1e-3, "budget": -0.01, "budget_from": "reference",
+             "out": "build/own-pretrained"}  # fmt: skip
+    own = record.repo_root() / given["out"]
+    shutil.rmtree(own, ignore_errors=True)
     pairs = [part for name, value in given.items() for part in ("-p", name, str(value))]
-    assert run.main(["--only", "02,04,05,06,07", "--out", str(tmp_path), "--no-report", *pairs]) == 0
+    assert run.main(["--only", "02,04,05,06,07,08", "--out", str(tmp_path), "--no-report", *pairs]) == 0
     last = tmp_path / "latest"
     compared = json.loads((last / "records" / "07_comparison.json").read_text(encoding="utf-8"))
     assert compared["extra"]["trained"] == []
@@ -542,6 +547,11 @@ def test_the_series_runs_on_a_pretrained_model_and_the_comparison_reads_it(folde
         assert len(same) >= 2 and all(other["reward"] == row["reward"] for other in same if other["seconds"])
     budgets = {row["budget"] for row in of_all}
     assert len(budgets) == 1 and budgets != {-0.01}, "one budget, counted from the reference's cost"
+    card = (own / "README.md").read_text(encoding="utf-8")
+    assert (own / "adapter_model.safetensors").exists() and "share with the pattern, after" in card
+    left = json.loads((last / "records" / "08_your_own_budget.json").read_text(encoding="utf-8"))
+    measured = left["extra"]["measured"]
+    assert all(low <= mean <= high for mean, low, high in measured.values())
 
 
 @pytest.mark.slow
