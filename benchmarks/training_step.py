@@ -1,11 +1,12 @@
 """Time and peak memory of each method's training step beside stock TRL DPO on the same batches, in one run.
 
-    python benchmarks/training_step.py [--size bench|135m|1b|7b]
+    python benchmarks/training_step.py [--size bench 135m 1b 7b]
 
 Time: all trainers but the naive one live in one process and take turns; the table gives the median over turns, so that
 a machine that slows down slows all of them. Memory, and the naive trainer's time: each alone in a fresh process; peak
-RSS, on a GPU the allocator's peak. The naive trainer keeps three models in memory, policy, reference and reward policy,
-and runs all of them in every step, as two-stage primal-dual DPO reads when it is written down.
+RSS, and on a GPU the allocator's peak, from which the shares are then taken. The naive trainer keeps three models in
+memory, policy, reference and reward policy, and runs all of them in every step, as two-stage primal-dual DPO reads when
+it is written down.
 Sizes other than the bench are Llamas with random weights (time and memory do not depend on them) and LoRA. Without a
 GPU their last row is of pairs that were seen before: what the layers below the adapters make of them is kept
 (`cdpo_utils.trunk`).
@@ -167,25 +168,17 @@ def alone(kind, size):
     trainer = build(kind, size)
     turns = [seconds(trainer, size, turn)[0] for turn in range(1 + (size.turns if kind == KINDS[3] else 0))]
     gpu = torch.cuda.is_available()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if gpu else record.peak_mib()
-    return {"seconds": float(np.median(turns[1:] or turns)), "peak": peak}
+    cuda = torch.cuda.max_memory_allocated() / 2**20 if gpu else float("nan")
+    return {"seconds": float(np.median(turns[1:] or turns)), "rss": record.peak_mib(), "cuda": cuda}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="bench")
-    parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    size = SIZES[args.size]
-    if args.size in ("1b", "7b") and not torch.cuda.is_available():
-        sys.exit(f"--size {args.size} needs a GPU; none was found")
-    if args.alone is not None:
-        print(json.dumps(alone(KINDS[args.alone], size)))
-        return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+def table(name):
+    """Measure one size and print its table."""
+    size, gpu = SIZES[name], torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
     children = []
     for k in range(len(kinds(size))):  # before this process holds memory of its own
-        command = [sys.executable, __file__, "--size", args.size, "--alone", str(k)]
+        command = [sys.executable, __file__, "--size", name, "--alone", str(k)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         children.append(json.loads(done.stdout.splitlines()[-1]))
     built = {kind: build(kind, size) for kind in kinds(size) if kind != KINDS[3]}
@@ -194,17 +187,32 @@ def main():
     for turn in range(size.turns):
         for kind, trainer in built.items():
             taken[kind].append(seconds(trainer, size, turn)[0])
-    stock = np.array(taken[KINDS[0]])
-    print(
-        f"{args.size}: batch {size.batch} pairs, {device}, {record.versions()['platform']}, torch {torch.__version__}"
-    )
-    print(f"{'step':36s} {'ms/step':>8s} {'x stock':>8s} {'tokens/s':>9s} {'peak MiB':>9s} {'x stock':>8s}")
+    stock, peak = np.array(taken[KINDS[0]]), "cuda" if gpu else "rss"
+    print(f"{name}: batch {size.batch} pairs, {device}, {record.versions()['platform']}, torch {torch.__version__}, "
+          f"{str(preflight.precision() if size.shape else torch.float32).removeprefix('torch.')}")  # fmt: skip
+    heads = ("ms/step", "x stock", "tokens/s", "RSS MiB", "CUDA MiB", "x stock", "x naive")
+    print(f"{'step':36s} " + " ".join(f"{head:>8s}" for head in heads))
     for kind, child in zip(kinds(size), children, strict=True):
         own = np.array(taken.get(kind, [child["seconds"]]))
         ratio = np.median(own / stock) if kind in taken else own[0] / np.median(stock)
         rate = tokens[KINDS[1]] / np.median(own)  # the same batches for all
-        share = child["peak"] / children[0]["peak"]
-        print(f"{kind:36s} {1e3 * np.median(own):8.1f} {ratio:8.3f} {rate:9.0f} {child['peak']:9.0f} {share:8.3f}")
+        shares = " ".join(f"{child[peak] / children[k][peak]:8.3f}" for k in (0, 3))
+        print(f"{kind:36s} {1e3 * np.median(own):8.1f} {ratio:8.3f} {rate:8.0f} {child['rss']:8.0f} "
+              f"{child['cuda']:8.0f} {shares}")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, nargs="+", default=["bench"])
+    parser.add_argument("--alone", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available() and (large := {"1b", "7b"} & set(args.size)):
+        sys.exit(f"--size {min(large)} needs a GPU; none was found")
+    if args.alone is not None:
+        print(json.dumps(alone(KINDS[args.alone], SIZES[args.size[0]])))
+        return
+    for name in args.size:
+        table(name)
 
 
 if __name__ == "__main__":

@@ -65,11 +65,9 @@ class Scorer:
         return scores
 
 
-def load(name):
-    """The `Scorer` of a hub name or a folder, safetensors only; see `preflight.precision`.
-
-    Raises DataError, in one line, where files are missing or the model is no Beaver scorer.
-    """
+def load_config(name):
+    """(configuration, tokenizer) of a hub name or a folder; DataError, in one line, where files are missing or it is no
+    Beaver scorer."""
     config, tokenizer = (
         _found(name, kind.from_pretrained) for kind in (transformers.AutoConfig, transformers.AutoTokenizer)
     )
@@ -79,6 +77,15 @@ def load(name):
         raise DataError(f"scorer {name}: do_normalize is set; expected raw scores, whose zero is the safety boundary")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise DataError(f"scorer {name}: no padding token of its own; scores are read at the last token that is none")
+    return config, tokenizer
+
+
+def load(name):
+    """The `Scorer` of a hub name or a folder, safetensors only; see `preflight.precision`.
+
+    Raises DataError as `load_config`, and where weights are missing.
+    """
+    config, tokenizer = load_config(name)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     config.score_bias = getattr(config, "score_bias", getattr(config, "bias", False))
     model, report = _found(

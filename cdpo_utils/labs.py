@@ -165,10 +165,18 @@ def trained_feedback(tokenizer, reward_model, cost_model, batch_tokens=BATCH_TOK
 
 def budget_as_cost(made, budget, budget_from):
     """The budget as a cost: `budget` itself where `budget_from` is "absolute"; where it is "reference", `budget` more
-    than the reference costs, so that -1 asks for an improvement of 1 (CAID's b, arXiv:2505.19387)."""
+    than the reference costs, so that -1 asks for an improvement of 1 (CAID's b, arXiv:2505.19387).
+
+    Raises DataError where no answer of a pretrained reference is as cheap as that; of the bench
+    `scoring.require_feasible` knows it exactly.
+    """
     if budget_from not in ("absolute", "reference"):
         raise ValueError(f"budget_from={budget_from!r}; expected 'absolute' or 'reference'")
-    return budget if budget_from == "absolute" else float(dual.absolute_budget(made.reference_cost(), -budget))
+    if budget_from == "reference":
+        budget = float(dual.absolute_budget(made.reference_cost(), -budget))
+    if not made.exact:
+        made.require_attainable(budget)
+    return budget
 
 
 def oracle_feedback(made, constraints=(0,)):

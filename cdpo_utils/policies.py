@@ -7,6 +7,7 @@ from copy import deepcopy
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
@@ -176,9 +177,27 @@ def _until(ids, end):
 
 @contextlib.contextmanager
 def as_reference(model):
-    """The reference inside `model`: the base without adapters for a PeftModel, else the model itself."""
-    with model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+    """The reference inside `model`: the base without adapters for a PeftModel, else the model itself.
+
+    Raises RuntimeError where an adapter is still in it, or is not back afterwards.
+    """
+    if not isinstance(model, PeftModel):
         yield model
+        return
+    with model.disable_adapter():
+        require_adapters(model, on=False)
+        yield model
+    require_adapters(model, on=True)
+
+
+def require_adapters(model, on):
+    """Raise RuntimeError unless each of the adapted layers is as it should be: a reference that kept its adapter would
+    give numbers, only wrong ones."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    for name, layer in layers.items():
+        if layer.disable_adapters == on or layer.merged or list(layer.active_adapters) != ["default"]:
+            state = f"disabled {layer.disable_adapters}, merged {layer.merged}, active {layer.active_adapters}"
+            raise RuntimeError(f"{name}: {state}; expected the adapter default, {'on' if on else 'off'}")
 
 
 def clean_copy(model):

@@ -1,9 +1,8 @@
 """Whether a model fits this machine, from its configuration alone, before any weight is read."""
 
-import math
-import os
 import time
 
+import psutil
 import torch
 import transformers
 
@@ -25,8 +24,7 @@ def memory():
     """(bytes that can be had, what has them)."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    return pages, f"{torch.get_num_threads()} threads"
+    return psutil.virtual_memory().available, f"{torch.get_num_threads()} threads"
 
 
 def precision():
@@ -55,8 +53,9 @@ def flops(seconds=0.2):
     return done * 2 * n**3 / (time.perf_counter() - started)
 
 
-def check(model, where):
-    """One line on memory and time of `model`, found at the hub name or folder `where`.
+def check(model, where, scorers=(), tokens=0):
+    """One line on memory and time of `model`, found at the hub name or folder `where`, beside published `scorers`, of
+    `tokens` that are trained on.
 
     Raises DataError, in one line, where the weights alone exceed the memory, or a large model finds no GPU. Where no
     configuration can be read, or it is not one of plain transformers, loading will say what is wrong; this says "".
@@ -65,24 +64,33 @@ def check(model, where):
         _require_gpu(model, KNOWN[model])
     try:
         where = model_folder(model) if model_folder(model).is_dir() else where
-        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)  # None would ask the user
-        count = parameters(config)
+        names = [where, *scorers]
+        count, *others = (
+            parameters(transformers.AutoConfig.from_pretrained(name, trust_remote_code=False))  # None would ask
+            for name in names
+        )
     except Exception:
         return ""
     if count > NEED_GPU:
         _require_gpu(model, count)
-    held = count * precision().itemsize
+    held = (count + sum(others)) * precision().itemsize
     available, device = memory()
     if held > available:
+        whose = f"its weights and those of {' and '.join(scorers)}" if scorers else "its weights"
         raise DataError(
-            f"model {model}: its weights take {held / 2**30:.1f} GiB; {device} can have {available / 2**30:.1f}"
+            f"model {model}: {whose} take {held / 2**30:.1f} GiB; {device} can have {available / 2**30:.1f}"
         )
     # Forward 2 operations per parameter and token, back 1 where LoRA is on the upper half of the layers alone.
     token = 3 * count / flops()
     return (
         f"model {model}: {count / 1e6:.0f} million parameters, {held / 2**30:.2f} GiB of {available / 2**30:.0f} on "
         f"{device}; {str(precision()).removeprefix('torch.')}; about {1000 * token:.2f} ms per trained token"
+        + (f", so at most {_duration(tokens * token)} of steps for one training" if tokens else "")
     )
+
+
+def _duration(seconds):
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _require_gpu(model, count):

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from cdpo_utils import beaver, data, evaluate, guard, judges, policies, preflight, ranks, record, vllm_sampling
 from cdpo_utils.algorithms import Feedback, Lab
@@ -37,12 +37,14 @@ HUB = {
     "beaver-cost": "PKU-Alignment/beaver-7b-v1.0-cost",
 }
 TEMPLATES = {"alpaca": beaver.CHAT_TEMPLATE}  # of models that come without one
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")  # one of them is there
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}  # on the upper half of the layers, see `lora`
 # Of a policy. The pairs are nobody's samples, hence no level; texts differ in length, hence batches of like ones.
 # Few helpfulness pairs are not to be learned by heart, hence epochs, as many as of a scorer.
 OPTIMISER = {"batch_size": 4, "lr": 3e-4, "level": 0.0, "epochs": 3, "by_length": True}
 SCORER = {"batch_size": 8, "lr": 1e-3, "by_length": True}
 SCORER_PAIRS = 800  # that a scorer looks at: fewer are shown up to three times, more once each
+SIGN_PAIRS = 64  # by which a published scorer's sign is checked
 FORWARD_TOKENS = 2048  # tokens at once where nothing is trained: 0.4 GB of logits
 # Answers sampled at once: a processor is faster with more, a GPU would run out of memory for keys and values.
 SAMPLE_ROWS = {"cpu": 160, "cuda": 64}
@@ -131,11 +133,12 @@ class Real:
 
         Where a published one was named, that one: a `beaver.Scorer`.
         """
+        pairs = self.helpful if kind == "reward" else self.costs
         if self.published:
             if isinstance(name := self.published[kind], str):
                 self.published[kind] = beaver.load(HUB.get(name, name))
+                require_sign(self.published[kind], kind, name, pairs.head(SIGN_PAIRS))
             return self.published[kind]
-        pairs = self.helpful if kind == "reward" else self.costs
         looks = max(len(pairs), min(3 * len(pairs), SCORER_PAIRS))
         steps = max(1, looks // SCORER["batch_size"])
         settings = {
@@ -153,6 +156,16 @@ class Real:
     def scorers(self):
         """Reward model and cost model."""
         return tuple(map(self.scorer, SCORERS))
+
+    def require_attainable(self, budget):
+        """Raise DataError where `budget` is below the cost of each of the reference's answers, to whatever prompt: no
+        policy near it will meet that on average."""
+        costs = self.learned_feedback(None, self.scorer("cost")).costs(*self.reference_answers(4).flat())
+        if budget < (lowest := costs.min()):
+            raise DataError(
+                f"budget {budget:g}: below {lowest:.3f}, the cheapest of {len(costs)} answers of the reference, whose "
+                f"mean is {costs.mean():.3f}; expected a budget between them, or above"
+            )
 
     def _scorer(self, seed):
         """A scalar head, zero at first, over the base with a fresh adapter. No weight of the base is copied."""
@@ -291,9 +304,16 @@ class Real:
 
     def outside_judges(self, judge, name):
         """Judges that took no part in training, one per question of `judges.QUESTIONS`: of the untrained base where
-        `judge` is "base", else of the model `name` on the chat-completions server at the URL `judge`."""
-        if judge != "base":
+        `judge` is "base", of the model `name` on the chat-completions server where it is a URL, else of the model with
+        that name or folder."""
+        if judge.startswith("http"):
             return {f"{question}, {name}": judges.http_judge(judge, name, question) for question in judges.QUESTIONS}
+        if judge != "base":
+            model, tokenizer = load_model(judge)
+            return {
+                f"{question}, {Path(judge).name}": judges.local_judge(model, tokenizer, question, FORWARD_TOKENS)
+                for question in judges.QUESTIONS
+            }
 
         def of_the_base(question):
             def verdicts(*texts):
@@ -324,6 +344,20 @@ class Real:
             "refusal": _refused(drawn),
             "cut": np.array([ids[-1] != end for ids in flat]).reshape(rewards.shape),
         }
+
+
+def require_sign(scorer, kind, name, pairs):
+    """Raise DataError where a published "reward" or "cost" model, called `name`, tells the two answers of `pairs` (rows
+    of `Real.helpful` or `Real.costs`) apart the wrong way round, more often than chance explains: its sign is turned,
+    or the two models are swapped."""
+    high, low = ("chosen", "rejected") if kind == "reward" else ("costlier", "cheaper")
+    prompts = list(pairs.prompt)
+    right = (scorer(prompts, list(pairs[high])) > scorer(prompts, list(pairs[low]))).mean()
+    if right + 1.5 / len(pairs) ** 0.5 < 0.5:  # three standard errors of a coin
+        raise DataError(
+            f"published_{kind} {name}: of {len(pairs)} pairs it gives the {high} answer the higher score in "
+            f"{right:.0%}; expected more than half, a cost above 0 being unsafe"
+        )
 
 
 def _in_float32(module, inputs):
@@ -383,19 +417,7 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     Raises DataError, in one line, where files, labels, the model or its chat template are missing or too few rows left,
     or vLLM is asked for and not installed.
     """
-    if vllm:
-        vllm_sampling.require()
-    if data_file and (helpful_file or safety_file):
-        raise DataError("data_file and helpful_file or safety_file were given; expected one file, or the two others")
-    if not data_file and not (helpful_file and safety_file):
-        raise DataError("a pretrained model needs data_file (both labels), or helpful_file and safety_file")
-    published = {"reward": published_reward, "cost": published_cost}
-    if bool(published_reward) != bool(published_cost):
-        raise DataError(
-            f"published_reward={published_reward!r}, published_cost={published_cost!r}; expected both or none"
-        )
-    ready = preflight.check(model, HUB.get(model, model))
-    frames, accounts = _load(data_file, helpful_file, safety_file)  # first: bad files are found before a model loads
+    frames, accounts, fits = ready(model, data_file, helpful_file, safety_file, published_reward, published_cost, vllm)
     base, tokenizer = load_model(model)
     digest = policies.digest(base.state_dict())
     backbone = getattr(base, base.base_model_prefix).state_dict()
@@ -415,9 +437,33 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
         train[label], held_out[label], _ = done[id(frame)]
     lab.prompts = _distinct(train["safety"].prompt, n_prompts)
     setting = Path(model).name or "local"
-    account = "\n".join([*notes, ready])
-    published = published if published_reward else {}
+    account = "\n".join([*notes, fits])
+    published = {"reward": published_reward, "cost": published_cost} if published_reward else {}
     return Real(lab, train, held_out, account, seed, setting, backbone, digest, dict(OPTIMISER), published)
+
+
+def ready(model, data_file="", helpful_file="", safety_file="", published_reward="", published_cost="", vllm=False,
+          judge="", tokens=0):  # fmt: skip
+    """What `open_real` and `Real.outside_judges` ask of their arguments before a weight is loaded: (frames, their
+    accounts, a line on memory and time), see `_load` and `preflight.check`. Raises DataError as `open_real` does."""
+    if vllm:
+        vllm_sampling.require()
+    if data_file and (helpful_file or safety_file):
+        raise DataError("data_file and helpful_file or safety_file were given; expected one file, or the two others")
+    if not data_file and not (helpful_file and safety_file):
+        raise DataError("a pretrained model needs data_file (both labels), or helpful_file and safety_file")
+    if bool(published_reward) != bool(published_cost):
+        raise DataError(
+            f"published_reward={published_reward!r}, published_cost={published_cost!r}; expected both or none"
+        )
+    scorers = [HUB.get(name, name) for name in (published_reward, published_cost) if name]
+    fits = preflight.check(model, HUB.get(model, model), scorers, tokens)
+    load_tokenizer(model)
+    for name in scorers:
+        beaver.load_config(name)
+    if judge not in ("", "base") and not judge.startswith("http"):
+        load_tokenizer(judge)
+    return *_load(data_file, helpful_file, safety_file), fits
 
 
 def _load(data_file, helpful_file, safety_file):
@@ -501,27 +547,60 @@ def load_model(model):
     Its precision is `preflight.precision`.
     """
     transformers.utils.logging.disable_progress_bar()
-    where = str(model_folder(model)) if model in HUB and model_folder(model).is_dir() else HUB.get(model, model)
-    hint = f"; offline: python -m cdpo_utils.fetch {model}" if model in HUB else ""
+    tokenizer, kind = load_tokenizer(model), transformers.AutoModelForCausalLM
+    base = _found(model, kind.from_pretrained, dtype=preflight.precision(), use_safetensors=True)
+    _set_padding(tokenizer, base)
+    return base.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def with_adapter(base, folder):
+    """`base` with the adapter that a notebook or `cdpo_utils.train` has saved in `folder`; DataError in one line where
+    there is none, or it was trained on another base. Safetensors only."""
+    try:
+        told = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"adapter {folder}: {guard.one_line(error)}; expected a folder that peft has saved") from None
+    if Path(str(told)).name != Path(base.name_or_path).name:
+        raise DataError(f"adapter {folder}: of {guard.visible(str(told))}; expected one of {base.name_or_path}")
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise DataError(f"adapter {folder}: no adapter_model.safetensors")
+    try:
+        return PeftModel.from_pretrained(base, folder).eval()
+    except Exception as error:  # weights of other shapes, a damaged file, ...
+        raise DataError(f"adapter {folder}: {guard.one_line(error)}; expected one of {base.name_or_path}") from None
+
+
+def load_tokenizer(model):
+    """The tokenizer of a name or folder, with a chat template and an end; DataError in one line where it has none, or
+    the folder holds an adapter."""
+    where = _where(model)
     if (where.startswith((".", "~")) or os.path.isabs(where)) and not Path(where).is_dir():
         raise DataError(f"model {model}: no such folder")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-        base = transformers.AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=preflight.precision(),
-            use_safetensors=True,
-            trust_remote_code=False,  # None would ask the user
-        )
-    except Exception as error:  # files missing or damaged, no network, gated, ...: transformers has many ways to say so
-        raise DataError(f"model {model}: {guard.one_line(error)}{hint}") from None
+    if (adapter := Path(where) / "adapter_config.json").is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise DataError(f"model {model}: an adapter of {guard.visible(str(base))}; expected a model")
+    if Path(where).is_dir() and not any(Path(where, file).is_file() for file in TOKENIZERS):
+        raise DataError(f"model {model}: no tokenizer; expected tokenizer.json in that folder")
+    tokenizer = _found(model, transformers.AutoTokenizer.from_pretrained)
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATES.get(model)
     if not tokenizer.chat_template:
         raise DataError(f"model {model}: its tokenizer has no chat template; expected an instruction-tuned model")
     if tokenizer.eos_token_id is None:
         raise DataError(f"model {model}: its tokenizer has no end-of-sequence token")
-    _set_padding(tokenizer, base)
-    return base.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return tokenizer
+
+
+def _where(model):
+    """The folder, or the name at the hub, of a model's name."""
+    return str(model_folder(model)) if model in HUB and model_folder(model).is_dir() else HUB.get(model, model)
+
+
+def _found(model, load, **settings):
+    hint = f"; offline: python -m cdpo_utils.fetch {model}" if model in HUB else ""
+    try:
+        return load(_where(model), **settings, trust_remote_code=False)  # None would ask the user
+    except Exception as error:  # files missing or damaged, no network, gated, ...: transformers has many ways to say so
+        raise DataError(f"model {model}: {guard.one_line(error)}{hint}") from None
 
 
 def _set_padding(tokenizer, base):

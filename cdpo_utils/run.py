@@ -13,6 +13,7 @@ import ast
 import contextlib
 import difflib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from cdpo_utils import files, guard, progress, record, report
+from cdpo_utils import data, files, guard, progress, record, report
 
 KINDS = {"bool": bool, "int": int, "float": float, "str": str}
 # what reading a file of JSON raises that is not what was written there
@@ -82,10 +83,26 @@ def begin(args, notebooks):
     given = read_yaml(args.params) if args.params else {}
     given |= {} if args.seed is None else {"seed": args.seed}
     parameters = plan(chosen, absolute(given | dict(args.pairs)))
+    require_ready(parameters)
     folder = new_folder((args.out or record.repo_root() / "runs").absolute())
     begun = {"code": code, "parameters": {path.name: v for path, v in parameters.items()}}
     files.write_whole(folder / "plan.json", json.dumps(begun, indent=1))
     return folder, parameters
+
+
+def require_ready(parameters):
+    """NotUnderstood where a pretrained model, its files or its scorers are not what a notebook needs."""
+    values = {name: value for given in parameters.values() for name, value in given.items()}
+    if not values.get("model"):
+        return
+    from cdpo_utils import real  # torch and transformers take seconds: not for the bench
+
+    asked = {name: values[name] for name in inspect.signature(real.ready).parameters.keys() & values.keys()}
+    tokens = 2 * values.get("steps", 0) * values.get("batch_size", 0) * values.get("max_length", 0)
+    try:
+        print(real.ready(**asked, tokens=tokens)[-1], flush=True)
+    except data.DataError as error:
+        raise NotUnderstood(str(error)) from None
 
 
 def code_digest(notebooks):
@@ -176,8 +193,9 @@ def read_yaml(file):
 
 
 def absolute(values):
-    """Files are named as seen from where the command was typed; the kernels run elsewhere."""
+    """Files are named as seen from where the command was typed; the kernels run elsewhere. Names at the hub stay."""
     here = {name: v for name, v in values.items() if str(name).endswith("_file") and isinstance(v, str) and v}
+    here = {name: v for name, v in here.items() if not data.is_hub_name(v)}
     return values | {name: str(Path(value).expanduser().absolute()) for name, value in here.items()}
 
 

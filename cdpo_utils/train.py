@@ -12,7 +12,8 @@ training that was killed goes on from there. `report_to: tensorboard` writes the
 multiplier, cost and violation, into `out`/tensorboard; `trackio` and the others that transformers knows are passed on,
 where they are installed.
 
-Exit status: 0 done, 1 the disk was full, 2 not understood or not to be written, and nothing trained.
+Exit status: 0 done, 1 the disk was full or a loss was not finite, 2 not understood or not to be written, and nothing
+trained.
 """
 
 import argparse
@@ -160,7 +161,10 @@ def train_pretrained(config):
     made.lab.shards = min(config.shards, len(made.lab.prompts))
     made.lab.checkpoints = None if ranks.sharded() else kept(config)
     feedback = made.learned_feedback(*made.scorers())
-    budget = labs.budget_as_cost(made, config.budget, config.budget_from)
+    try:
+        budget = labs.budget_as_cost(made, config.budget, config.budget_from)
+    except data.DataError as error:
+        raise run.NotUnderstood(str(error)) from None
     own |= {"steps": config.steps, "round_steps": config.steps // 2, "report_to": config.report_to}
     schedule = algorithms.Schedule(seed=config.seed, **own)
     trained = suite.train_pretrained(
@@ -269,6 +273,9 @@ def main(argv=None):
     except run.NotUnderstood as error:
         print(error, file=sys.stderr)
         return 2
+    except FloatingPointError as error:  # a loss that is not finite; the message says where, and what was kept
+        run.complain(error)
+        return 1
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return 0

@@ -458,7 +458,28 @@ def train_sft(model, tokenizer, prompts, answers, steps, batch_size, lr, seed, m
     return trainer.state.log_history
 
 
-class CostTrainer(RewardTrainer):
+class ScoreTrainer(RewardTrainer):
+    """TRL's reward trainer, which stops where the loss is not finite: a scorer of NaN would be kept in the cache."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        self.require_finite(loss, inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def require_finite(self, loss, inputs, outputs):
+        """Raise FloatingPointError, which names the step and the first text, where `loss` is not finite."""
+        if torch.isfinite(loss):
+            return
+        broken = (~torch.isfinite(outputs.logits.squeeze(-1))).nonzero().flatten().tolist()
+        k = broken[0] if broken else 0
+        text = self.processing_class.decode(inputs["input_ids"][k][inputs["attention_mask"][k].bool()])
+        raise FloatingPointError(
+            f"the loss is {loss.item()} at optimiser step {self.state.global_step}: {len(broken)} of "
+            f"{len(outputs.logits)} scores are not finite; at {text[-200:]!r}"
+        )
+
+
+class CostTrainer(ScoreTrainer):
     """Safe RLHF's cost model: Bradley-Terry on (costlier, cheaper) plus sign terms, `losses.cost_model_loss`."""
 
     def _set_signature_columns_if_needed(self):
@@ -470,6 +491,7 @@ class CostTrainer(RewardTrainer):
         _, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         costlier, cheaper = outputs.logits.squeeze(-1).float().chunk(2)
         loss = losses.cost_model_loss(costlier, cheaper, *signs).mean()
+        self.require_finite(loss, inputs, outputs)
         correct = (torch.cat(signs) * torch.cat([costlier, cheaper]).detach() > 0).float().mean()
         self._metrics["train" if self.model.training else "eval"]["sign_accuracy"].append(correct.item())
         return (loss, outputs) if return_outputs else loss
@@ -490,7 +512,7 @@ def train_scores(
     for name, ids in zip(("chosen_ids", "rejected_ids"), pair, strict=True):
         columns[name] = [(p + a)[:max_length] for p, a in zip(prompt_ids, ids, strict=True)]
     args = _arguments(RewardConfig, batch_size, lr, seed, max_length=None)
-    kind, names = (RewardTrainer, ()) if signs is None else (CostTrainer, SIGN_COLUMNS)
+    kind, names = (ScoreTrainer, ()) if signs is None else (CostTrainer, SIGN_COLUMNS)
     trainer = _trainer(
         kind, model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_dict(columns),
         data_collator=PairCollator(tokenizer.pad_token_id, names),

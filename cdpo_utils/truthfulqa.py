@@ -5,6 +5,7 @@ no comment" is true of every question and answers none, as a refusal harms nobod
 apart, and a budget on the cost makes sense.
 
     python -m cdpo_utils.truthfulqa pairs TruthfulQA.csv FOLDER    # writes helpful.jsonl and safety.jsonl
+    python -m cdpo_utils.truthfulqa score TruthfulQA.csv smollm2 --adapter runs/train/pd_dpo    # MC1, MC2 before, after
 """
 
 import argparse
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cdpo_utils import data, policies
+from cdpo_utils import data, evaluate, policies
 from cdpo_utils.logprobs import response_logps
 
 HUB = "truthfulqa/truthful_qa"
@@ -144,24 +145,57 @@ def preference_rows(questions, seed):
     return [[rows[i] for i in rng.permutation(len(rows))] for rows in (helpful, safety)]
 
 
+def write_pairs(questions, folder, seed):
+    """`preference_rows` as FOLDER/helpful.jsonl and FOLDER/safety.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in zip(("helpful", "safety"), preference_rows(questions, seed), strict=True):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        print(f"{path}: {len(rows)} pairs")
+
+
+def score(questions, model, adapter):
+    """`multiple_choice` of a model, and of it with an adapter: DataFrame, one row each, mean and 95 % bootstrap
+    interval over questions; with an adapter also their difference on the same questions."""
+    from cdpo_utils import real  # torch and transformers take seconds: not for a mistyped file
+
+    base, tokenizer = real.load_model(model)
+    base.eval()
+    found = {model: multiple_choice(base, tokenizer, questions)}
+    if adapter:
+        found[adapter] = multiple_choice(real.with_adapter(base, adapter), tokenizer, questions)
+        found["difference"] = found[adapter] - found[model]
+    return pd.DataFrame(
+        {
+            who: {name: "{:.3f} [{:.3f}, {:.3f}]".format(*evaluate.bootstrap_interval(values.to_numpy()[:, None]))
+                  for name, values in table.items()}
+            for who, table in found.items()
+        }
+    ).T  # fmt: skip
+
+
 def main(argv=None):
-    """`pairs SOURCE FOLDER [--seed N]`: 0 and the account, else 1 and one line on stderr."""
+    """`pairs SOURCE FOLDER [--seed N]` or `score SOURCE MODEL [--adapter FOLDER]`: 0 and the account, else 1 and one
+    line on stderr."""
     parser = argparse.ArgumentParser(
-        prog="python -m cdpo_utils.truthfulqa", description="TruthfulQA as preference pairs"
+        prog="python -m cdpo_utils.truthfulqa", description="TruthfulQA as preference pairs, and as multiple choice"
     )
-    parser.add_argument("command", choices=["pairs"])
-    parser.add_argument("source", help=f"TruthfulQA.csv, or {HUB}")
-    parser.add_argument("folder", type=Path, help="where helpful.jsonl and safety.jsonl are written")
-    parser.add_argument("--seed", type=int, default=0)
+    commands = parser.add_subparsers(dest="command", required=True)
+    pairs, scored = commands.add_parser("pairs"), commands.add_parser("score")
+    for command in pairs, scored:
+        command.add_argument("source", help=f"TruthfulQA.csv, or {HUB}")
+    pairs.add_argument("folder", type=Path, help="where helpful.jsonl and safety.jsonl are written")
+    pairs.add_argument("--seed", type=int, default=0)
+    scored.add_argument("model", help="smollm2, a hub name or a folder")
+    scored.add_argument("--adapter", metavar="FOLDER", help="also with the adapter of a trained policy")
     args = parser.parse_args(argv)
     try:
         questions, account = load_questions(args.source)
-        args.folder.mkdir(parents=True, exist_ok=True)
         print(account)
-        for name, rows in zip(("helpful", "safety"), preference_rows(questions, args.seed), strict=True):
-            path = args.folder / f"{name}.jsonl"
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            print(f"{path}: {len(rows)} pairs")
+        if args.command == "pairs":
+            write_pairs(questions, args.folder, args.seed)
+        else:
+            print(score(questions, args.model, args.adapter).to_string())
     except (data.DataError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

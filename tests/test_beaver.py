@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -124,9 +125,9 @@ def test_published_scorers_judge_in_the_place_of_our_own(tmp_path, monkeypatch):
     save_scorer(tmp_path / "scorer")
     monkeypatch.setitem(real.HUB, "tiny", str(tmp_path / "alpaca"))
     monkeypatch.setitem(real.TEMPLATES, "tiny", beaver.CHAT_TEMPLATE)
-    pairs = [
+    pairs = [  # the safety labels agree with what this scorer happens to say
         {"prompt": f"how do I clean {i} ?", "response_0": "use soap", "response_1": "use acid",
-         "better_response_id": i % 2, "safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False}
+         "better_response_id": i % 2, "safer_response_id": 1, "is_response_0_safe": False, "is_response_1_safe": True}
         for i in range(24)
     ]  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)), encoding="utf-8")
@@ -143,6 +144,27 @@ def test_published_scorers_judge_in_the_place_of_our_own(tmp_path, monkeypatch):
         real.open_real("tiny", 0, 16, file, published_cost="somewhere")
 
 
+class Lengths:
+    """A scorer that likes long answers, `sign` = -1 short ones."""
+
+    def __init__(self, sign):
+        self.sign = sign
+
+    def __call__(self, prompts, answers):
+        return self.sign * np.array([len(answer) for answer in answers], float)
+
+
+@pytest.mark.parametrize(("kind", "better"), [("reward", "chosen"), ("cost", "costlier")])
+def test_a_published_scorer_with_the_wrong_sign_is_refused(kind, better):
+    pairs = pd.DataFrame(
+        {"prompt": "x", better: ["long enough"] * 20, {"chosen": "rejected"}.get(better, "cheaper"): "no"}
+    )
+    real.require_sign(Lengths(1), kind, "somebody/scorer", pairs)
+    with pytest.raises(DataError, match=f"published_{kind} somebody/scorer: of 20 pairs .* {better} .* 0%"):
+        real.require_sign(Lengths(-1), kind, "somebody/scorer", pairs)
+    real.require_sign(Lengths(-1), kind, "somebody/scorer", pairs.head(8))  # too few to tell
+
+
 def test_a_large_model_needs_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)  # 7 B by default; no weights at all
@@ -157,6 +179,19 @@ def test_weights_beyond_the_memory_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "memory", lambda: (1000, "a toaster"))
     with pytest.raises(DataError, match="its weights take .* a toaster can have 0.0"):
         preflight.check("tiny", str(tmp_path))
+
+
+def test_scorers_need_memory_too_and_steps_take_time(tmp_path, monkeypatch):
+    config = LlamaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config.save_pretrained(tmp_path)
+    alone = preflight.parameters(config) * preflight.precision().itemsize
+    monkeypatch.setattr(preflight, "memory", lambda: (2.5 * alone, "a toaster"))
+    preflight.check("tiny", str(tmp_path), [str(tmp_path)])
+    with pytest.raises(DataError, match=f"its weights and those of {tmp_path} and {tmp_path} take"):
+        preflight.check("tiny", str(tmp_path), [str(tmp_path)] * 2)
+    monkeypatch.setattr(preflight, "flops", lambda: 3 * preflight.parameters(config))  # a token a second
+    assert "at most 10 minutes of steps" in preflight.check("tiny", str(tmp_path), tokens=600)
+    assert "at most 2.0 hours of steps" in preflight.check("tiny", str(tmp_path), tokens=7200)
 
 
 def test_parameters_are_counted_without_weights():

@@ -241,6 +241,22 @@ def test_the_reference_inside_a_model(world, tokenizer, reference, lora_lab):
         assert inside is reference
 
 
+def test_an_adapter_that_stays_in_the_reference_is_an_error(lora_lab):
+    model = lora_lab.model
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="disabled True.*expected the adapter default, on"):
+        policies.require_adapters(model, on=True)
+    layer.merge()
+    with pytest.raises(RuntimeError, match="expected the adapter default, off"), policies.as_reference(model):
+        pytest.fail("the base has the adapter in its weights")
+    layer.unmerge()
+    with pytest.raises(RuntimeError, match="lora_A|q_proj|v_proj|_proj"), policies.as_reference(model):
+        layer.merge()
+    layer.unmerge()
+    with policies.as_reference(model):
+        pass
+
+
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 

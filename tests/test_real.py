@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_train import launch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -371,11 +371,50 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(folder, files, tmp_pat
     for file in folder.iterdir():
         if "template" not in file.name:
             (mute / file.name).write_bytes(file.read_bytes())
-    for path, says in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "empty"), (plain, "plain"),
-                       (mute, "no chat template")):  # fmt: skip
+    adapter = tmp_path / "adapter"
+    get_peft_model(LlamaForCausalLM.from_pretrained(folder), LoraConfig(target_modules="all-linear")).save_pretrained(
+        adapter
+    )
+    for path, says in ((tmp_path / "none", "no such folder"), (tmp_path / "empty", "empty: no tokenizer"),
+                       (plain, "plain: no tokenizer; expected tokenizer.json"), (mute, "no chat template"),
+                       (adapter, f"an adapter of {folder}; expected a model")):  # fmt: skip
         with pytest.raises(data.DataError, match=says) as error:
             opened(path, data_file=files["data_file"])
         assert "\n" not in str(error.value)
+
+
+def test_a_run_begins_with_what_it_needs_or_not_at_all(folder, files, tmp_path, capsys):
+    """Model, files and scorers are looked at before any notebook: one line, and no folder."""
+    good = {"model": str(folder), "data_file": files["data_file"]}
+    for change, says in (({"model": str(tmp_path)}, "no tokenizer"), ({"data_file": str(tmp_path)}, "a directory"),
+                         ({"data_file": files["helpful_file"]}, "do not say what chosen means"),
+                         ({"published_cost": "x"}, "expected both or none"), ({"judge": str(tmp_path)}, "no tokenizer"),
+                         ({"published_cost": "x", "published_reward": str(folder)}, "expected a Beaver")):  # fmt: skip
+        pairs = [part for name, value in (good | change).items() for part in ("-p", name, value)]
+        assert run.main(["--only", "06", "--out", str(tmp_path / "runs"), *pairs]) == 2
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_setting_paper_needs_a_gpu(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main(["--setting", "paper", "--out", str(tmp_path / "runs")]) == 2
+    assert capsys.readouterr().err == "model alpaca: 6.7 billion parameters need a GPU; none was found\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_name_at_the_hub_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "folder").mkdir()
+    given = {
+        "data_file": "PKU-Alignment/PKU-SafeRLHF-30K",
+        "safety_file": "owner/pairs.jsonl",
+        "helpful_file": "owner/folder",
+    }
+    here = {name: str(tmp_path / value) for name, value in given.items()}
+    assert run.absolute(given) == here | {"data_file": "PKU-Alignment/PKU-SafeRLHF-30K"}
 
 
 def test_too_few_rows_and_missing_files(folder, tmp_path):
@@ -454,7 +493,7 @@ def test_answers_are_drawn_once_per_policy_and_kept(made, monkeypatch):
     assert len(drawn) == 7
 
 
-def test_win_rates_by_learned_scores_and_by_the_untrained_base(made):
+def test_win_rates_by_learned_scores_and_by_models_that_were_not_trained(made, folder):
     adapter = {name: value + 2 for name, value in policies.snapshot(made.lab.new_policy()).items()}
     candidates = {"reference": None, "pd_dpo": adapter}
     length = judges.scores_judge(lambda prompts, answers: np.array([len(a) for a in answers]))
@@ -476,6 +515,9 @@ def test_win_rates_by_learned_scores_and_by_the_untrained_base(made):
     of_policy = [response_logps(made.lab.model, asked, [letter] * len(asked)) for letter in letters]
     assert not np.allclose(of_base, of_policy) and np.array_equal(verdicts, (1 + np.sign(of_base[0] - of_base[1])) / 2)
     assert list(made.outside_judges("http://localhost:1/v1", "j")) == ["helpful, j", "safe, j"]
+    other = made.outside_judges(str(folder), "")  # a model of its own: here the same one
+    assert list(other) == ["helpful, tiny-instruct", "safe, tiny-instruct"]
+    assert np.array_equal(other["safe, tiny-instruct"](*texts), verdicts)
 
 
 def test_refusals_on_benign_prompts_are_counted_apart(made, folder, files, monkeypatch):
@@ -500,12 +542,17 @@ def test_refusals_on_benign_prompts_are_counted_apart(made, folder, files, monke
 
 
 def test_a_budget_may_count_from_the_reference(made):
-    assert labs.budget_as_cost(made, -0.5, "absolute") == -0.5
+    assert labs.budget_as_cost(made, 0.5, "absolute") == 0.5
     drawn = made.lab.sample_reference(4, made.seed)
     scores = policies.score(made.scorer("cost"), made.lab.tokenizer, *drawn.flat())
-    assert labs.budget_as_cost(made, -0.5, "reference") == pytest.approx(scores.mean() - 0.5)
+    assert labs.budget_as_cost(made, -0.005, "reference") == pytest.approx(scores.mean() - 0.005)
+    lowest = policies.score(made.scorer("cost"), made.lab.tokenizer, *made.reference_answers(4).flat()).min()
+    assert labs.budget_as_cost(made, lowest, "absolute") == lowest
+    with pytest.raises(data.DataError, match="the cheapest of 12 answers of the reference") as error:
+        labs.budget_as_cost(made, lowest - 0.01, "absolute")
+    assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="budget_from='refrence'; expected 'absolute' or 'reference'"):
-        labs.budget_as_cost(made, -0.5, "refrence")
+        labs.budget_as_cost(made, -0.005, "refrence")
 
 
 @pytest.mark.slow

@@ -491,6 +491,18 @@ def test_scores_learn_order_and_sign(world, tokenizer):
     assert np.all(policies.score(model, tokenizer, prompts, cheaper) < 0)
 
 
+@pytest.mark.parametrize("signs", [None, ([1] * 8, [-1] * 8)])
+def test_a_scorer_whose_loss_is_not_finite_stops_and_names_a_text(world, tokenizer, signs):
+    model = policies.small_scorer(tokenizer, seed=5, width=16)
+    word = policies.encode_answers(tokenizer, [world.answers[9]])[0][-2]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[word] = float("nan")
+    prompts, *pair = world.prompts[:8], world.answers[:8], world.answers[8:16]
+    with pytest.raises(FloatingPointError, match="the loss is nan at optimiser step 0: .* scores are not") as error:
+        trainers.train_scores(model, tokenizer, prompts, *pair, 2, 8, 1e-3, 0, signs=signs)
+    assert tokenizer.decode([word]) in str(error.value).rpartition(" at ")[2]
+
+
 def test_rows_too_long_for_a_score_are_cut_and_not_dropped(world, tokenizer):
     model, longest = policies.small_scorer(tokenizer, seed=5, width=16), 9
     prompts, *pair = world.prompts[:8], world.answers[:8], world.answers[8:16]

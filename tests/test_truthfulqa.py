@@ -4,6 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 from cdpo_utils import data, truthfulqa
 
@@ -82,6 +85,55 @@ def test_multiple_choice_asks_the_model(write, tokenizer, reference, world):
     ]
     assert np.allclose(found, each, atol=1e-5), "questions do not disturb each other"
     assert ((found.mc2 > 0.5) == (found.mc1 == 1)).all() and ((found.mc2 > 0) & (found.mc2 < 1)).all()
+
+
+def test_a_model_is_scored_before_and_after(write, tokenizer, reference, world, tmp_path, capsys):
+    """The command on a saved model and on adapters of it: one that changes nothing, one of another base."""
+    model, good, bad = tmp_path / "tiny", world.answers[0], world.answers[-1]
+    reference.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    adapted = get_peft_model(LlamaForCausalLM.from_pretrained(model), LoraConfig(target_modules="all-linear"))
+    adapted.save_pretrained(tmp_path / "same")
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.3)
+    adapted.save_pretrained(tmp_path / "moved")
+    file = write(f"t,c,{world.prompts[0]},{good},{good},{bad},x", f"t,c,{world.prompts[1]},{bad},{bad},{good},x")
+    found = truthfulqa.multiple_choice(reference, tokenizer, truthfulqa.load_questions(file)[0]).mean()
+    for adapter, moved in (("same", False), ("moved", True)):
+        assert truthfulqa.main(["score", str(file), str(model), "--adapter", str(tmp_path / adapter)]) == 0
+        lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+        assert f"{found.mc1:.3f} [" in lines[str(model)] and f"{found.mc2:.3f} [" in lines[str(model)]
+        assert lines["difference"].endswith("0.000 [0.000, 0.000]") != moved
+    kept = tmp_path / "moved" / "adapter_config.json"
+    kept.write_text(kept.read_text().replace("/tiny", "/other"))
+    (tmp_path / "same" / "adapter_model.safetensors").unlink()
+    for adapter, says in (("moved", "/other; expected one of"), ("same", "no adapter_model.safetensors"),
+                          ("none", "expected a folder that peft has saved")):  # fmt: skip
+        assert truthfulqa.main(["score", str(file), str(model), "--adapter", str(tmp_path / adapter)]) == 1
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
+
+
+def test_questions_from_the_hub_are_those_of_the_file(write, monkeypatch):
+    frame, _ = truthfulqa.load_questions(write(*ROWS))
+    rows = [
+        {"question": row.question, "best_answer": row.best, "correct_answers": row.correct,
+         "incorrect_answers": row.incorrect, "category": "Law"}
+        for row in frame.itertuples()
+    ]  # fmt: skip
+    monkeypatch.setattr("datasets.load_dataset", lambda *given, split: rows if given[0] == truthfulqa.HUB else None)
+    found, account = truthfulqa.load_questions(truthfulqa.HUB)
+    assert found.equals(frame) and account.kept == 2
+
+    def fails(*_, **__):
+        raise ConnectionError("no network\nat all")
+
+    monkeypatch.setattr("datasets.load_dataset", fails)
+    with pytest.raises(data.DataError, match="or the path of TruthfulQA.csv") as error:
+        truthfulqa.load_questions(truthfulqa.HUB)
+    assert "\n" not in str(error.value)
 
 
 def test_pairs_say_what_they_should_and_the_loader_takes_them(write, tmp_path, capsys):
