@@ -560,7 +560,8 @@ def test_the_comparison_runs_on_a_pretrained_model(folder, files, tmp_path, monk
     """Notebook 07 by parameters alone: all methods on one adapter, estimates with intervals in the gap's place."""
     monkeypatch.setenv("CDPO_CACHE", str(tmp_path / "cache"))
     given = {"model": folder, "data_file": files["data_file"], "n_pairs": 16, "steps": 4, "max_rounds": 2,
-             "n_prompts": 6, "max_new_tokens": 6, "max_length": 96, "beta": 0.1, "reference_samples": 4}  # fmt: skip
+             "n_prompts": 6, "max_new_tokens": 6, "max_length": 96, "beta": 0.1, "budget": 0.05,
+             "reference_samples": 4}  # fmt: skip
     pairs = [part for name, value in given.items() for part in ("-p", name, str(value))]
     assert run.main(["--only", "07", "--out", str(tmp_path), "--no-report", *pairs]) == 0
     methods = json.loads((tmp_path / "latest" / "summary.json").read_text(encoding="utf-8"))["methods"]
