@@ -52,8 +52,11 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
+# a run of some notebooks, as of --only, has some of the figures
 figures: $(STAMP)
 	@test -e runs/latest || $(BIN)/python -m cdpo_utils.run
+	@for path in notebooks/[0-9][0-9]_*.ipynb; do test -e "runs/latest/$${path##*/}" \
+		|| { echo "runs/latest: no executed $${path##*/}; make run executes the whole series" >&2; exit 1; }; done
 	@rm -rf build/figures && mkdir -p build && cp -R runs/latest/records/figures build/figures && echo build/figures
 
 student: $(STAMP)

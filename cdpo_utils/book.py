@@ -49,10 +49,31 @@ def repository():
     return os.environ.get("GITHUB_REPOSITORY") or (found[1] if found else PLACEHOLDER)
 
 
+def tagged():
+    """Whether the repository has the tag that the links name."""
+    git = ["git", "-C", str(record.repo_root()), "rev-parse", "-q", "--verify", f"refs/tags/{TAG}"]
+    try:
+        return subprocess.run(git, capture_output=True).returncode == 0
+    except OSError:  # no git
+        return False
+
+
 def launch_links(name):
     """Markdown that opens a notebook, such as 04_c_dpo.ipynb, elsewhere, at the tag of this version."""
     links = {where: url.format(repository=repository(), tag=TAG, name=name) for where, url in LAUNCHERS.items()}
     return "Open in " + " · ".join(f"[{where}]({url})" for where, url in links.items())
+
+
+def cleaned(value):
+    """A notebook, or a part of it, with control characters written out in all texts, as `report` does: Sphinx escapes
+    HTML in what a cell printed, but lets these through or takes them for colours."""
+    if isinstance(value, str):
+        return value.translate(guard.UNSEEN)
+    if isinstance(value, list):
+        return [cleaned(item) for item in value]
+    if isinstance(value, dict):
+        return type(value)({name: cleaned(item) for name, item in value.items()})
+    return value
 
 
 def equations(notebook):
@@ -120,7 +141,7 @@ def gather(run, folder, book, notebooks):
     where, executed = run.resolve(), {}
     for name in names:  # with no path of this machine
         text = (run / name).read_text(encoding="utf-8").replace(json.dumps(str(where))[1:-1], f"runs/{where.name}")
-        executed[name] = nbformat.reads(text, as_version=4)
+        executed[name] = cleaned(nbformat.reads(text, as_version=4))
     numbered = {name: equations(notebook) for name, notebook in executed.items()}
     for name, notebook in executed.items():
         nbformat.write(as_page(notebook, name, numbered), folder / name)
@@ -133,7 +154,7 @@ def gather(run, folder, book, notebooks):
         for other, target in PAGES.items():
             text = text.replace(f"]({target})", f"]({other})").replace(f"](notebooks/{target})", f"]({other})")
         (folder / page).write_text(text, encoding="utf-8")
-    titles = {name: report.title(run / name) for name in names}
+    titles = {name: guard.visible(report.title(run / name)) for name in names}
     words = {
         "notebooks": "\n".join(f"* [{title}]({name})" for name, title in titles.items()),
         "toctree": "\n".join(f"{title.partition(':')[0]} <{name}>" for name, title in titles.items()),
@@ -178,6 +199,8 @@ def main(argv=None):
         return 2
     if repository() == PLACEHOLDER:
         print(f"no repository on GitHub is known: links to {', '.join(LAUNCHERS)} lead to {PLACEHOLDER}")
+    if not tagged():
+        print(f"no tag {TAG} is here: links to {', '.join(LAUNCHERS)} lead to nothing until the repository has it")
     return 0
 
 

@@ -47,6 +47,12 @@ EQUAL = (  # the same of a row of the comparison on equal terms
 )
 WORDS = 4  # the first columns are words and stand to the left, the others are numbers
 
+# nbconvert's, without the scripts for widgets and diagrams, which no page has and which come from the network
+TEMPLATE = """
+{%- extends 'index.html.j2' -%}
+{% block html_head_js %}{% endblock %}
+{% block jupyter_widgets %}{% endblock %}
+"""
 STYLE = """
 body { font: 16px/1.5 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em; color: #222; }
 table { border-collapse: collapse; margin: 1em 0; }
@@ -164,7 +170,7 @@ def write_html(folder, seconds, rows, versions, equal_terms=()):
     seconds: {notebook: time}; rows: method rows; versions: {package: version}; equal_terms: rows of notebook 07.
     """
     # nbconvert's newer template drops the alternative texts of the figures; the classic one keeps them
-    exporter = HTMLExporter(template_name="classic")
+    exporter = HTMLExporter(template_name="classic", raw_template=TEMPLATE)
     links = []
     for stem, taken in seconds.items():
         path = folder / f"{stem}.ipynb"

@@ -26,6 +26,7 @@ LACKING = [
     }.items()
     if not there
 ]
+NASTY = "<script>alert(1)</script>\x1b[31m\u202e"
 DRAWN = '<img src="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22/%3E" width="9"{alt}>'
 
 
@@ -64,6 +65,22 @@ def test_links_lead_to_the_repository_that_the_notebooks_came_from(tmp_path, mon
     monkeypatch.setattr(book.record, "repo_root", lambda: tmp_path)
     monkeypatch.setenv("GITHUB_REPOSITORY", workflow)
     assert book.repository.__wrapped__() == expected
+
+
+def test_a_tag_that_is_not_there_is_told(tmp_path, monkeypatch, capsys):
+    def git(*arguments, **given):
+        done = subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True, **given)
+        return done.stdout.strip()
+
+    monkeypatch.setattr(book.record, "repo_root", lambda: tmp_path)
+    monkeypatch.setattr(book, "repository", lambda: "some-one/course")
+    monkeypatch.setattr(book, "build", lambda run, out: out / "index.html")
+    git("init", "-q")
+    assert book.main([]) == 0
+    (_, line) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"no tag {book.TAG} is here: links to Colab, Binder, Kaggle lead to nothing")
+    git("tag", book.TAG, git("hash-object", "-w", "--stdin", input=b""))
+    assert book.main([]) == 0 and capsys.readouterr().out == f"{tmp_path / 'build' / 'book' / 'index.html'}\n"
 
 
 def test_the_prose_leads_to_other_notebooks_and_only_the_prose():
@@ -118,21 +135,45 @@ def test_an_incomplete_run_is_refused_by_name(tmp_path, capsys):
         book.gather(tmp_path, tmp_path / "source", tmp_path, ROOT / "notebooks")
 
 
+def ran(folder, alt=""):
+    """A run of the notebooks as they are committed, one of them with a drawing and texts that mean harm; its folder."""
+    run = folder / "run"
+    run.mkdir()
+    for path in NOTEBOOKS:
+        notebook = nbformat.read(path, as_version=4)
+        if path == NOTEBOOKS[0]:
+            next(cell for cell in notebook.cells if cell.cell_type == "code").outputs = [
+                v4.new_output("display_data", {"text/html": DRAWN.format(alt=alt)}),
+                v4.new_output("stream", name="stdout", text=f"saved to {run / 'records' / 'x.json'}\n{NASTY}"),
+                v4.new_output("execute_result", {"text/plain": NASTY}),
+                v4.new_output("error", ename="ValueError", evalue=NASTY, traceback=[NASTY]),
+            ]
+        nbformat.write(notebook, run / path.name)
+    return run
+
+
+def test_what_cells_printed_has_no_control_characters(tmp_path):
+    shutil.copytree(ROOT / "book", tmp_path / "book", ignore=shutil.ignore_patterns("node_modules"))
+    mathjax = tmp_path / "book" / "node_modules" / "mathjax" / "es5"
+    mathjax.mkdir(parents=True)
+    (mathjax / "tex-svg-full.js").write_text("")
+    source = tmp_path / "source"
+    source.mkdir()
+    book.gather(ran(tmp_path), source, tmp_path / "book", ROOT / "notebooks")
+    written = (source / NAMES[0]).read_text(encoding="utf-8")
+    assert "\\u001b" not in written and "\u202e" not in written
+    (outputs,) = (cell.outputs for cell in nbformat.read(source / NAMES[0], as_version=4).cells if cell.get("outputs"))
+    shown = "<script>alert(1)</script>\\x1b[31m\\u202e"  # Sphinx escapes the rest
+    assert outputs[1].text.endswith(shown) and outputs[2].data["text/plain"] == shown
+    assert outputs[3].evalue == shown and outputs[3].traceback == [shown]
+
+
 @pytest.fixture
 def built(tmp_path):
-    """A book of the notebooks as they are committed, one of them with a drawing; its folder."""
+    """Builds the book of `ran` and returns its folder."""
 
     def built(alt):
-        run = tmp_path / "run"
-        run.mkdir()
-        for path in NOTEBOOKS:
-            notebook = nbformat.read(path, as_version=4)
-            if path == NOTEBOOKS[0]:
-                drawing = v4.new_output("display_data", {"text/html": DRAWN.format(alt=alt)})
-                saved = v4.new_output("stream", name="stdout", text=f"saved to {run / 'records' / 'x.json'}")
-                next(cell for cell in notebook.cells if cell.cell_type == "code").outputs = [drawing, saved]
-            nbformat.write(notebook, run / path.name)
-        out = tmp_path / "book"
+        run, out = ran(tmp_path, alt), tmp_path / "book"
         stand_in = '<!DOCTYPE html><html lang="en"><title>Explorer</title><h1>Explorer</h1>'
         assert book.build(run, out, lambda path: path.write_text(stand_in)) == out / "index.html"
         return out
@@ -151,6 +192,9 @@ def test_every_page_in_a_browser(built):
     folder = built(alt=' alt="a drawing"')
     first = (folder / NAMES[0].replace("ipynb", "html")).read_text()
     assert "saved to runs/run/records/x.json" in first, "no path of the machine that ran it"
+    assert "<script>alert" not in first, "what a cell printed is shown, never run"
+    assert first.count("&lt;script&gt;alert") == 2  # in a traceback each word has a colour of its own
+    assert not re.search("[\x1b\u202e]", first) and "\\u202e" in first
     done = check(folder)
     assert done.returncode == 0, done.stdout + done.stderr
     pages, links, images, formulas, contrasts, computed = map(int, re.findall(r"\d+", done.stdout)[:6])

@@ -1,5 +1,6 @@
 """The explorer page, in a browser without window, against `exact`."""
 
+import base64
 import html
 import itertools
 import json
@@ -20,14 +21,10 @@ POINTS = list(itertools.product((0.1, 0.25, 1.0, 3.0), (-1.0, 0.0, 3.0), (0.0, 0
 
 @pytest.fixture
 def truth(world):
-    """The tiny world's training prompts as the page will hold them; the demonstrations stand in for a reference."""
+    """The tiny world's training prompts; the demonstrations stand in for a reference."""
     rows = world.train
     prompts = [world.prompts[i] for i in rows]
-    ref_logps, reward, costs = (
-        explorer.rounded(table).astype(float)
-        for table in (world.demo[rows], world.reward[rows], world.costs[rows, :, :1])
-    )
-    ref_logps = exact.normalise(ref_logps)  # as the page does
+    ref_logps, reward, costs = world.demo[rows], world.reward[rows], world.costs[rows, :, :1]
     optimum = exact.solve(ref_logps, reward, costs, 0.0, 1.0)
     return evaluate.Truth(prompts, ref_logps, reward, costs, np.zeros(1), 1.0, optimum)
 
@@ -153,6 +150,9 @@ def test_the_page_is_written_where_asked(truth, world, tmp_path, monkeypatch, ca
     assert explorer.main(["--out", str(out), "--seed", "3"]) == 0 and capsys.readouterr().out.strip() == str(out)
     data = json.loads(re.search(r'type="application/json" id="data">(.*?)</script>', out.read_text(), re.S)[1])
     assert data["prompts"] == truth.prompts and data["answers"] == world.answers and data["seed"] == 3
+    for name, table in {"ref_logps": truth.ref_logps, "reward": truth.reward, "cost": truth.costs[..., 0]}.items():
+        held = np.frombuffer(base64.b64decode(data[name]), "<f8").reshape(table.shape)
+        np.testing.assert_array_equal(held, table)  # to the last bit: nothing is rounded on the way
 
 
 def test_bad_requests_get_one_line(truth, world, tmp_path, capsys):

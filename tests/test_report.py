@@ -1,8 +1,11 @@
 """The results of a run for reading: numbers, their intervals, nothing that a browser would run."""
 
 import json
+import re
 
+import nbformat
 import pytest
+from nbformat import v4
 
 from cdpo_utils import report
 
@@ -28,6 +31,19 @@ def test_an_interval_stands_beside_its_estimate_and_only_there():
 def test_texts_are_escaped_in_html():
     table = report.html_table(["method"], [["<script>alert(1)</script>"]], 1)
     assert "<script>" not in table and "&lt;script&gt;" in table
+
+
+def test_a_page_takes_nothing_from_the_network_but_mathjax(tmp_path):
+    printed = v4.new_output("stream", text="1")
+    widgets = {"widgets": {"application/vnd.jupyter.widget-state+json": {}}}
+    cells = [v4.new_markdown_cell("# T\n\n$x$"), v4.new_code_cell("print(1)", outputs=[printed])]
+    nbformat.write(v4.new_notebook(cells=cells, metadata=widgets), tmp_path / "00_a.ipynb")
+    index = report.write_html(tmp_path, {"00_a": 1.0}, [ROW], {"package": "1.0"})
+    assert "//" not in index.read_text()
+    text = re.sub(r"/\*.*?\*/", "", (tmp_path / "00_a.html").read_text(), flags=re.S)  # style sheets name their origins
+    (address,) = re.findall(r"//[\w.-]+\.\w[^\s\"'<>)]*", text)
+    assert "/mathjax/" in address
+    assert not re.search(r"""(src|href)=["']{2}|from ['"]{2}""", text), "an empty address is the page's own"
 
 
 def test_several_constraints_are_listed():

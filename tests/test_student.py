@@ -1,4 +1,12 @@
-"""Student copies: no solution in them, every check waits for an answer, and passes with the reference solution."""
+"""Student copies: no solution in them, every check waits for an answer, and passes with the reference solution.
+
+Notebook 00 is run with solutions in the place of its stubs. The others are run whole, stubs followed by solutions, by
+nbmake; here it is read that the stubs and what only a solution defines play no part in that.
+"""
+
+import ast
+import re
+import symtable
 
 import nbformat
 import pytest
@@ -7,6 +15,26 @@ from nbclient import NotebookClient
 from cdpo_utils import record, student
 
 NOTEBOOKS = sorted((record.repo_root() / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def tables(table):
+    """A symbol table and all within it."""
+    yield table
+    for child in table.get_children():
+        yield from tables(child)
+
+
+def names(source):
+    """Of a cell: the names that it defines, and those that it takes from cells before or from Python."""
+    top = symtable.symtable(source, "cell", "exec")
+    defined = {one.get_name() for one in top.get_symbols() if one.is_assigned() or one.is_imported()}
+    used = {
+        one.get_name()
+        for table in tables(top)
+        for one in table.get_symbols()
+        if one.is_referenced() and (table is top or one.is_global())
+    }
+    return defined, used - defined
 
 
 def test_what_is_missing_is_named():
@@ -46,6 +74,54 @@ def test_no_solution_is_left_and_every_check_asks_for_its_answer(path):
         exec(exercise.source, scope)
         with pytest.raises(AssertionError, match=f"exercise {number}: `{names[0]}` is still to be written"):
             exec(check.source, scope)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_exercises_are_of_all_three_kinds(path):
+    notebook = nbformat.read(path, 4)
+    asked = [notebook.cells[exercise - 1].source for _, _, exercise, _, _ in student.exercises(notebook)]
+    kinds = re.findall(r"\b\d+\.\d+ \(?(predict|implement|explore)\b", "\n".join(asked), flags=re.I)
+    assert len(kinds) == len(asked) and {kind.lower() for kind in kinds} == {"predict", "implement", "explore"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_check_that_fails_says_what_is_wrong(path):
+    notebook = nbformat.read(path, 4)
+    for number, _, _, _, check in student.exercises(notebook):
+        nodes = list(ast.walk(ast.parse(notebook.cells[check].source)))
+        asserts = [node for node in nodes if isinstance(node, ast.Assert)]
+        compared = [node for node in nodes if isinstance(node, ast.Call) and "assert" in ast.unparse(node.func)]
+        assert asserts or compared, number
+        for node in asserts:
+            assert node.msg, f"{number}: {ast.unparse(node)}"
+        for node in compared:
+            assert "msg" in {keyword.arg for keyword in node.keywords}, f"{number}: {ast.unparse(node)}"
+
+
+def test_a_misspelt_name_is_told():
+    notebook = nbformat.read(NOTEBOOKS[7], 4)
+    number, (name,), *_, check = student.exercises(notebook)[0]
+    assert (number, name) == ("7.1", "breaks_budget")
+    with pytest.raises(AssertionError, match="'dpo_helpfull' is neither of the two runs"):
+        exec(notebook.cells[check].source, {name: "dpo_helpfull"})
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_solution_defines_what_is_asked_for_and_nothing_that_others_need(path):
+    notebook = nbformat.read(path, 4)
+    found = student.exercises(notebook)
+    assert found
+    solutions = {solution for *_, solution, _ in found}
+    for number, asked, _, solution, check in found:
+        defined, used = names(notebook.cells[solution].source)
+        assert defined >= set(asked), f"{number}: the stub's {set(asked) - defined} stay as they are"
+        assert not used & set(asked), f"{number}: the solution takes {used & set(asked)} from the stub"
+        own = defined - set(asked)
+        for k, cell in enumerate(notebook.cells[check:], start=check):
+            if cell.cell_type == "code":
+                defined, used = names(cell.source)
+                assert not own & used, f"{number}: cell {k} needs {own & used}, which students need not have"
+                own -= defined if k not in solutions else set()
 
 
 @pytest.mark.slow
