@@ -609,6 +609,7 @@ def test_two_processes_train_and_judge_a_pretrained_policy(folder, files, by_one
     text = (
         f"method: {{method}}\nfeedback: learned\nmodel: {folder}\ndata_file: {files['data_file']}\nout: {{out}}\n"
         "n_pairs: 16\nsteps: 4\nmax_rounds: 2\nn_prompts: 6\nmax_new_tokens: 6\nmax_length: 96\nbeta: 0.1\nshards: 2\n"
+        "budget: 0.015\n"  # below the reference's cost, above that of its cheapest answer
     )
     (alone_in, one), two = by_one(method, text), launch(tmp_path, 2, method, tmp_path / "cache", text, sharded)
     assert (one["processes"], two["processes"]) == (1, 2) and len(one["rounds"]) == len(two["rounds"]) == 2
