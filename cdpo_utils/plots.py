@@ -123,7 +123,12 @@ def zoom(ax, rows, curve, budget, place=(0.06, 0.58, 0.36, 0.38), largest_gap=20
 
 
 def sweep_plane(ax, table):
-    """Means over seeds with their intervals, a point per method and combination; `table` is `sweep.over_seeds`'."""
+    """Means over seeds with their intervals, a point per method and combination, and their Pareto front: the highest
+    reward at that cost or less. The exact optimum is not on it. `table` is `sweep.over_seeds`' of one split."""
+    found = table[table["method"] != "optimum"].dropna(subset=["cost", "reward"])
+    found = found.sort_values(["cost", "reward"], ascending=[True, False])
+    front = found[found["reward"] > found["reward"].cummax().shift(fill_value=-np.inf)]
+    ax.step(front["cost"], front["reward"], where="post", color=REFERENCE, label="Pareto front of the means", zorder=1)
     for (method, feedback), group in table.groupby(["method", "feedback"], sort=False):
         ax.errorbar(
             group["cost"], group["reward"], xerr=group["cost ±"], yerr=group["reward ±"], linestyle="none", capsize=2,
@@ -131,9 +136,10 @@ def sweep_plane(ax, table):
             markerfacecolor=METHOD_COLOURS[method] if feedback == "learned" else "white",
             label=f"{method} ({feedback})",
         )  # fmt: skip
-    for budget in sorted(set((table["cost"] - table["violation"]).round(6))):
+    for budget in sorted(set((table["cost"] - table["violation"]).dropna().round(6))):
         budget_line(ax, budget)
     ax.set(xlabel="expected cost E[c] (> 0 unsafe, logits)", ylabel="expected reward E[r] (logits)")
+    ax.set_title(f"{table['split'].iloc[0]} prompts", fontsize=11)
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 

@@ -14,7 +14,7 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "sinfo", "scontrol")
 CONFIG = """
 ClusterName=one
 SlurmctldHost={host}(127.0.0.1)
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} RealMemory=2048 State=UNKNOWN
 PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 AuthType=auth/none
 CredType=cred/none
@@ -31,7 +31,7 @@ SlurmdLogFile={folder}/slurmd.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
+SelectTypeParameters=CR_CPU_Memory
 MpiDefault=none
 """
 

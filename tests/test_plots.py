@@ -35,6 +35,21 @@ def test_a_shown_figure_leaves_its_data_among_the_records(tmp_path, monkeypatch)
     assert pd.read_csv(path).y.tolist() == [3, 4]
 
 
+def test_the_front_of_a_sweep_is_what_nothing_beats():
+    points = {"a": (0.0, 1.0), "b": (1.0, 3.0), "dearer": (2.0, 2.0), "c": (3.0, 4.0), "worse": (0.0, 0.5)}
+    table = pd.DataFrame(points.values(), columns=["cost", "reward"]).sample(frac=1, random_state=0)
+    table = table.assign(method="c_dpo", feedback="learned", split="test", violation=table.cost - 0.5)
+    best = table.assign(method="optimum", reward=9.0)
+    table = pd.concat([table, best, best.assign(method="one_shot", cost=np.nan)])
+    table[["cost ±", "reward ±"]] = 0.1
+    ax = plots.sweep_plane(plots.plt.subplots()[1], table)
+    (front,) = (line for line in ax.lines if str(line.get_label()).startswith("Pareto front"))
+    assert front.get_drawstyle() == "steps-post" and front.get_xydata().tolist() == [[0, 1], [1, 3], [3, 4]]
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert [label for label in labels if "budget" in label] == ["budget d = 0.5"]
+    assert ax.get_title() == "test prompts" and "logits" in ax.get_xlabel() and "logits" in ax.get_ylabel()
+
+
 def test_the_ellipse_holds_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
     shape = np.array([[1.0, 0.8], [0.0, 0.3]])
