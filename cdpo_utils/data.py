@@ -37,6 +37,8 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cdpo_utils.guard import one_line, visible
 
@@ -45,7 +47,8 @@ BETTER, SAFER, SIGNS = "better_response_id", "safer_response_id", ["is_response_
 LABEL_COLUMNS = {"helpful": [BETTER], "safety": [SAFER], "signs": SIGNS}
 KNOWN = {*PKU, *TRL, BETTER, SAFER, *SIGNS}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
-LARGEST = 2**30  # bytes of a file once unpacked: a few KiB of gzip or parquet can hold any number
+LARGEST = 2**30  # bytes of a file once unpacked, and of its rows in memory: a few KiB can hold any number of them
+ROW = 500  # bytes in memory that a row takes beside its values: dicts and tuples, and the row's share of the frame
 CSV_IDS = {"": None, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
 CSV_SIGNS = {**CSV_IDS, "True": True, "true": True, "TRUE": True, "False": False, "false": False, "FALSE": False}
 
@@ -102,10 +105,48 @@ def too_large(source):
     return fault(source, f"more than {LARGEST / 2**30:g} GiB once unpacked", "less, such as a part of its rows")
 
 
-def read_rows(source, revision, split):
-    """(columns, [(row number, {column: value})], form) of a file or a hub name; form is "json", "csv" or "table"."""
+def within(source, size):
+    """`size`, the bytes that the rows of a file take in memory, roughly; DataError where those are too many."""
+    if size > LARGEST:
+        found = f"rows that take more than {LARGEST / 2**30:g} GiB of memory"
+        raise fault(source, found, "fewer or shorter ones, such as a part of them")
+    return size
+
+
+def _bytes_of(values):
+    """Bytes that values take in memory. A character counts as one, though it can take four."""
+    size, rest = 0, list(values)
+    while rest:  # not by recursion: lists may be nested as deeply as JSON allows
+        value = rest.pop()
+        size += 50 + len(value) if isinstance(value, str) else sys.getsizeof(value)
+        if isinstance(value, dict):
+            rest += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            rest += value
+    return size
+
+
+def _decoded(source, content, line=1):
+    """The text of a file, or of this line of it; DataError where it is not UTF-8."""
+    try:
+        return content.decode("utf-8-sig" if line == 1 else "utf-8")  # Windows begins with a byte order mark
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} in line {error.object.count(10, 0, error.start) + line}"
+        raise fault(source, f"{found} is not UTF-8", "UTF-8 text") from None
+
+
+def is_hub_name(source):
+    """Whether `source` names a data set at the hub, owner/name, and no file or folder."""
+    named = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not source.lower().endswith(SUFFIXES)
+    return bool(named) and not os.path.exists(source)
+
+
+def read_rows(source, revision, split, known=KNOWN):
+    """(columns, [(row number, {column: value})], form) of a file or a hub name; form is "json", "csv" or "table".
+
+    Rows have the columns of a preference file that the file has, from CSV those in `known`."""
     suffix = next((s for s in SUFFIXES if source.lower().endswith(s)), None)
-    if not suffix and not os.path.exists(source) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source):
+    if is_hub_name(source):
         return *_read_hub(source, revision, split), "table"
     if revision is not None or split != "train":
         raise fault(source, "revision or split given with a file", "them with a hub name only")
@@ -114,65 +155,97 @@ def read_rows(source, revision, split):
         found = found if os.path.exists(source) else "no such file"
         raise fault(source, found, f"a file {', '.join(SUFFIXES)} or a hub name owner/name")
     try:
-        data = bytearray()
+        data = io.BytesIO()
         with gzip.open(source) if suffix.endswith(".gz") else Path(source).open("rb") as file:
-            while len(data) <= LARGEST and (part := file.read(2**20)):
-                data += part
+            while data.tell() <= LARGEST and (part := file.read(2**20)):
+                data.write(part)
     except (OSError, EOFError, zlib.error) as error:
         raise fault(source, error, "a readable, whole file") from None
-    if len(data) > LARGEST:
+    if data.tell() > LARGEST:
         raise too_large(source)
     if suffix == ".parquet":
-        return *_read_parquet(source, data), "table"
-    try:
-        text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")  # Windows begins with a byte order mark
-    except UnicodeDecodeError as error:
-        found = f"byte 0x{error.object[error.start]:02x} in line {error.object.count(10, 0, error.start) + 1}"
-        raise fault(source, f"{found} is not UTF-8", "UTF-8 text") from None
+        return *_read_parquet(source, data.getbuffer()), "table"
     if suffix == ".csv":
-        return *_read_csv(source, text), "csv"
-    return *_read_json(source, text, lines=suffix != ".json"), "json"
+        return *_read_csv(source, _decoded(source, data.getvalue()), known), "csv"
+    return *_read_json(source, data, lines=suffix != ".json"), "json"
 
 
-def _read_json(source, text, lines):
+def _read_json(source, data, lines):
+    size = 0  # that rows take in memory, with those that are being parsed
+
     def once(pairs):
+        nonlocal size
+        size = within(source, size + 200 + 100 * len(pairs))  # now, not when all of a list has been made
         record = dict(pairs)
         if len(record) == len(pairs):
             return record
         # JSON knows no tuples: whoever meets this one refuses it, and knows the row
         return ("repeated key", Counter(key for key, _ in pairs).most_common(1)[0][0])
 
+    def counted(kind, digits):
+        nonlocal size
+        size = within(source, size + 40)
+        return kind(digits)
+
+    hooks = dict(object_pairs_hook=once, parse_int=partial(counted, int), parse_float=partial(counted, float))
+
     def parse(text, expected, row=None):
+        # lists and texts have no hook; within a text there are few brackets, and quotes have a backslash
+        within(source, size + 100 * text.count("[") + 32 * (text.count('"') - text.count('\\"')))
         try:
-            return json.loads(text, object_pairs_hook=once)
+            return json.loads(text, **hooks)
+        except DataError:
+            raise
         except (ValueError, RecursionError) as error:  # RecursionError: thousands of nested brackets
             raise fault(source, error, expected, row) from None
 
-    if lines:  # not splitlines(): U+2028 may stand inside a text
-        numbered = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        rows = [(n, parse(line, "one JSON object per line", n)) for n, line in numbered]
+    def records():
+        data.seek(0)
+        for number, line in enumerate(data, start=1):  # not splitlines(): U+2028 may stand inside a text
+            text = _decoded(source, line, number).removesuffix("\n")
+            if text.strip():
+                yield number, parse(text, "one JSON object per line", number)
+
+    if lines:
+        found = records()
     else:
-        rows = parse(text, "a JSON list of objects (one object per line is .jsonl)")
-        if not isinstance(rows, list):
-            raise fault(source, _found(rows), "a JSON list of objects")
-        rows = list(enumerate(rows, start=1))
-    columns = {}
-    for number, record in rows:
+        found = parse(_decoded(source, data.getvalue()), "a JSON list of objects (one object per line is .jsonl)")
+        if not isinstance(found, list):
+            raise fault(source, _found(found), "a JSON list of objects")
+        found = enumerate(found, start=1)
+    columns, rows, kept = {}, [], 0
+    for number, record in found:
         if not isinstance(record, dict):
             raise fault(source, _found(record), "an object", number)
+        new = record.keys() - columns.keys()
         columns.update(dict.fromkeys(record))
+        record = {sys.intern(name): value for name, value in record.items() if name in KNOWN}  # one text for all rows
+        rows.append((number, record))
+        kept += ROW + _bytes_of(record.values()) + 100 * len(new) + _bytes_of(new)
+        size = within(source, kept)  # no longer what was parsed and is not kept
     return list(columns), rows
 
 
-def _read_csv(source, text):
+def _read_csv(source, text, known):
     rows, limit = [], csv.field_size_limit(2**31 - 1)  # the default limit is 128 KiB a cell
+    kept = size = 0  # that rows take in memory, and with the row that is being read
+
+    def watched():
+        nonlocal size
+        for line in io.StringIO(text, newline=""):
+            size = within(source, size + 64 * line.count(","))  # its cells, at most
+            yield line
+
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.reader(watched(), strict=True)
         columns = next(reader, [])
         for number, cells in enumerate(filter(None, reader), start=1):  # filter: blank lines
             if len(cells) != len(columns):
                 raise fault(source, f"{len(cells)} cells", f"{len(columns)} as in the header", number)
-            rows.append((number, dict(zip(columns, cells, strict=True))))
+            record = {name: cell for name, cell in zip(columns, cells, strict=True) if name in known}
+            rows.append((number, record))
+            kept += ROW + _bytes_of(record.values())
+            size = within(source, kept)
     except csv.Error as error:
         raise fault(source, error, "CSV with quotes doubled and closed", len(rows) + 1) from None
     finally:
@@ -181,25 +254,81 @@ def _read_csv(source, text):
 
 
 def _read_parquet(source, data):
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
-        columns = file.schema_arrow.names
+        plain = pq.ParquetFile(pa.BufferReader(data), arrow_extensions_enabled=False)
+        leaves = range(plain.metadata.num_columns)
+        coded = pq.ParquetFile(pa.BufferReader(data), arrow_extensions_enabled=False, read_dictionary=list(leaves))
+        columns = plain.schema_arrow.names
+        known = [name for name in columns if name in KNOWN]
+        within(source, sum(map(_bytes_unpacked, _chunks(plain))))
         rows, size = [], 0
-        for batch in file.iter_batches(100, columns=[c for c in columns if c in KNOWN]):
-            new = batch.to_pylist()
-            rows += new
-            # measured in Python: nulls and repeated texts take next to no room in the file or in Arrow
-            size += sum(500 + len(repr(row)) for row in new)
-            if size > LARGEST:
-                raise too_large(source)
+        for group in range(plain.num_row_groups):
+            file, length = _way_to_read(plain, coded, group, known)
+            for batch in file.iter_batches(length, row_groups=[group], columns=known):
+                # before it becomes Python's: a repeated text is in a file, and in Arrow, once
+                within(source, size + ROW * len(batch) + sum(map(_bytes_of_arrow, batch.columns)))
+                new = batch.to_pylist()
+                rows += new
+                size = within(source, size + sum(ROW + _bytes_of(row.values()) for row in new))
         return columns, list(enumerate(rows, start=1))
     except DataError:
         raise
     except Exception as error:  # a damaged file fails inside Arrow in many ways
         raise fault(source, error, "a parquet file") from None
+
+
+def _chunks(file, groups=None):
+    """(metadata, schema) of the columns that are read in each group of rows."""
+    for group in range(file.num_row_groups) if groups is None else groups:
+        for i in range(file.metadata.num_columns):
+            chunk = file.metadata.row_group(group).column(i)
+            if chunk.path_in_schema.split(".")[0] in KNOWN:
+                yield chunk, file.schema.column(i)
+
+
+def _bytes_unpacked(chunk):
+    """At least what a column takes in Arrow, if the file tells the truth; texts that are repeated count once."""
+    metadata, schema = chunk
+    return metadata.total_uncompressed_size + (8 + schema.length) * metadata.num_values
+
+
+def _way_to_read(plain, coded, group, known):
+    """(file, rows at a time) by which little of a group of rows is in memory at once.
+
+    coded: the same file with each text once per batch, in a dictionary. That is slow, and for long ones that repeat.
+    """
+    if any("DELTA_BYTE_ARRAY" in metadata.encodings for metadata, _ in _chunks(plain, [group])):
+        return plain, 1  # a text begins as the one before it, as long as that may be, and Arrow knows no other way
+    begin = next(coded.iter_batches(100, row_groups=[group], columns=known), None)
+    leaves = [leaf for column in begin.columns for leaf in _leaves(column)] if begin else []
+    longest = max((_longest(leaf) for leaf in leaves), default=0)
+    return (plain if 800 * longest <= LARGEST else coded), 100
+
+
+def _leaves(array):
+    """The arrays of values in an array of lists, objects, ..."""
+    if not pa.types.is_nested(array.type):
+        return [array]
+    inner = array.values if pa.types.is_map(array.type) else array.flatten()
+    return [leaf for part in (inner if isinstance(inner, list) else [inner]) for leaf in _leaves(part)]
+
+
+def _longest(leaf):
+    """Bytes of the longest text of a dictionary. Where that is empty nothing is known of what will come."""
+    if not pa.types.is_dictionary(leaf.type):
+        return 0
+    return pc.max(pc.binary_length(leaf.dictionary)).as_py() if len(leaf.dictionary) else LARGEST
+
+
+def _bytes_of_arrow(array):
+    """Bytes that the values of an array take when each has its own."""
+    size = 0
+    for leaf in _leaves(array):
+        coded = pa.types.is_dictionary(leaf.type)
+        size += pc.sum(pc.binary_length(leaf.dictionary).take(leaf.indices)).as_py() or 0 if coded else leaf.nbytes
+    return size
 
 
 def _read_hub(source, revision, split):

@@ -328,6 +328,13 @@ def execute(path, parameters, folder, label):
     return time.perf_counter() - start
 
 
+class Scrubbed(papermill.iorw.LocalHandler):
+    """Papermill saves a notebook after each cell: without secrets each time, for a process may be killed in between."""
+
+    def write(self, buf, path):
+        super().write(guard.without_secrets(buf), path)
+
+
 @contextlib.contextmanager
 def told(folder, label):
     """Meanwhile, on one line of a terminal: how long it has been, and where the dual loops of the run are."""
@@ -426,6 +433,7 @@ def _run(args, folder, parameters, seconds):
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONWARNINGS": ignored}
     if sys.stderr.isatty():
         quiet[progress.FOLDER] = str(folder / "progress")
+    papermill.iorw.papermill_io.register(str(folder), Scrubbed())
     with environment(CDPO_RUN_DIR=str(folder), **quiet):
         for i, path in enumerate(parameters, start=1):
             label = f"[{i}/{len(parameters)}] {path.stem}"

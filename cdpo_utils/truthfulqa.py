@@ -47,7 +47,7 @@ def load_questions(source):
     if source == HUB:
         rows, fields = list(enumerate(_from_hub(), start=1)), HUB_FIELDS
     else:
-        columns, rows, form = data.read_rows(source, None, "train")
+        columns, rows, form = data.read_rows(source, None, "train", CSV_FIELDS.values())
         if form != "csv":
             raise data.fault(source, "not CSV", f"TruthfulQA.csv, or the name {HUB}")
         missing = [name for name in CSV_FIELDS.values() if name not in columns]

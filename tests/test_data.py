@@ -364,6 +364,44 @@ def test_sources_that_are_no_files(tmp_path, monkeypatch):
         load_preferences("x.jsonl")
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_large_file_of_ordinary_proportions_is_read(tmp_path, monkeypatch, form):
+    """A thousandth of 300,000 rows and 500 MB of prose, with a thousandth of the memory that is allowed for them."""
+    prose = 'First, he said: "Wear gloves", then [see 1] wipe it; and, if {needed}, repeat.\n' * 7
+    rows = [row(i, **{name: f"{name} {i}, {prose}" for name in PKU[:3]}) for i in range(300)]
+    path = write(tmp_path / f"x.{form}", rows)
+    monkeypatch.setattr(data, "LARGEST", data.LARGEST // 1000)
+    assert load_preferences(path)[1].kept == 300
+
+
+@pytest.mark.parametrize(
+    ("written", "largest", "way"),
+    [({}, 2**30, (True, 100)), ({}, 2**21, (False, 100)),
+     (dict(use_dictionary=False, column_encoding={"prompt": "DELTA_BYTE_ARRAY"}), 2**21, (True, 1))],
+)  # fmt: skip
+def test_long_texts_of_parquet_come_through_by_each_way_to_read_them(tmp_path, monkeypatch, written, largest, way):
+    long, ways, choose = [{"role": "assistant", "content": "é" * 4000}], [], data._way_to_read
+    rows = [{"prompt": f"p {i}", "chosen": long if i % 2 else None, "rejected": f"b {i}"} for i in range(120)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=70, **written)
+    monkeypatch.setattr(data, "LARGEST", largest)
+
+    def chosen(plain, *others):
+        ways.append((plain, *choose(plain, *others)))
+        return ways[-1][1:]
+
+    monkeypatch.setattr(data, "_way_to_read", chosen)
+    frame, account = load_preferences(tmp_path / "x.parquet", kind="helpful")
+    assert [(file is plain, length) for plain, file, length in ways] == [way] * 2, "one for each group of rows"
+    assert frame.row.tolist() == list(range(2, 121, 2)) and set(frame.response_0) == {"é" * 4000}
+    assert frame.response_1.tolist() == [f"b {i}" for i in range(1, 120, 2)] and account.dropped == {"empty text": 60}
+
+
+def test_the_first_line_that_is_wrong_is_named(refusal):
+    lines = [GOOD, b"[1]", b"{", b"\xff"]
+    assert refusal("x.jsonl", b"\n".join(lines)) == "x.jsonl, row 2: list [1]; expected an object"
+    assert refusal("x.jsonl", b"\n".join(lines[:1] + lines[3:])).startswith("x.jsonl: byte 0xff in line 2 is not UTF-8")
+
+
 # --- content faults: dropped and counted ------------------------------------------------------------------------------
 
 SWAPPED = {"response_0": row()["response_1"], "response_1": row()["response_0"]}

@@ -202,6 +202,19 @@ def test_a_read_only_disk_is_one_line(notebooks, disk, tmp_path, capsys, name):
     assert str(place) in err and os.strerror(errno.EROFS) in err
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write everywhere")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_folder_that_may_not_be_written_is_one_line(notebooks, tmp_path, capsys, name):
+    place = tmp_path / "place"
+    place.mkdir()
+    place.chmod(0o555)
+    status = every_command(place, notebooks, tmp_path)[name]()
+    err = capsys.readouterr().err
+    assert status == (1 if name == "student" else 2) and err.count("\n") == 1
+    assert str(place) in err and os.strerror(errno.EACCES) in err
+    assert not list(place.iterdir())
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("CDPO_CACHE", str(tmp_path / "file" / "cache"))

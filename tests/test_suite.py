@@ -120,7 +120,7 @@ def test_a_pretrained_model_is_read_from_the_records_of_its_notebooks(tmp_path):
 def test_of_a_pretrained_model_only_what_is_missing_is_trained(tmp_path, monkeypatch):
     write_pretrained(tmp_path, "02_reference_and_dpo", ["dpo_helpful", "dpo_harmless"])
     write_pretrained(tmp_path, "05_dual_descent", ["one_shot", "dual_descent"])
-    seen = []
+    seen, seen_budgets = [], []
 
     def train(*arguments):
         seen.append(arguments[-1])
@@ -134,11 +134,13 @@ def test_of_a_pretrained_model_only_what_is_missing_is_trained(tmp_path, monkeyp
 
     monkeypatch.setattr(suite, "train_pretrained", train)
     made = SimpleNamespace(
-        content="of these rows", judge=judge, scorers=lambda: (), learned_feedback=lambda: "feedback"
-    )
+        content="of these rows", judge=judge, scorers=lambda: (), learned_feedback=lambda: "feedback",
+        exact=False, require_attainable=seen_budgets.append,
+    )  # fmt: skip
     asked = {name: value for name, value in PRETRAINED.items() if name != "content"}  # the rows themselves say it
     runs, missing = suite.complete_pretrained(made, asked, None, tmp_path)
     assert seen == [["c_dpo", "pd_dpo"], ["reference", "c_dpo", "pd_dpo"]] and missing == seen[0]
+    assert seen_budgets == [asked["budget"]]
     assert list(runs) == ["reference", *suite.NOTEBOOKS] and runs["c_dpo"]["rounds"] == ["r"]
     assert len(suite.interval_frames(runs)[0]) == 7
     write_pretrained(tmp_path, "04_c_dpo", ["c_dpo"])
