@@ -197,8 +197,8 @@ def table(name):
         ratio = np.median(own / stock) if kind in taken else own[0] / np.median(stock)
         rate = tokens[KINDS[1]] / np.median(own)  # the same batches for all
         shares = " ".join(f"{child[peak] / children[k][peak]:8.3f}" for k in (0, 3))
-        print(f"{kind:36s} {1e3 * np.median(own):8.1f} {ratio:8.3f} {rate:8.0f} {child['rss']:8.0f} "
-              f"{child['cuda']:8.0f} {shares}")  # fmt: skip
+        memory = f"{child['rss']:8.0f} " + (f"{child['cuda']:8.0f}" if gpu else f"{'-':>8s}")
+        print(f"{kind:36s} {1e3 * np.median(own):8.1f} {ratio:8.3f} {rate:8.0f} {memory} {shares}")
 
 
 def main():

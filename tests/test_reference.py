@@ -90,3 +90,26 @@ def test_what_the_readme_says_of_the_five_worlds():
 def as_numbers(column):
     """A column of numbers and words with NaN in the place of words."""
     return pd.to_numeric(column, errors="coerce")
+
+
+def test_steps_are_as_fast_and_as_small_as_promised_and_as_the_readme_says():
+    """The committed table of the benchmark: no slower than 1.05 times stock DPO, no larger than 1.1 times."""
+    sizes, rows = {}, {}
+    for line in (ROOT / "benchmarks/two-cores.txt").read_text().splitlines()[2:]:
+        if ": batch" in line:
+            sizes[line.split(":")[0]] = rows = {}
+        elif not line.startswith("step"):
+            rows[line[:36].strip()] = [float(x) if x != "-" else None for x in line[36:].split()]
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for size, rows in sizes.items():
+        for name in ("C-DPO / dual descent (soft labels)", "PD-DPO stage 2"):
+            assert rows[name][1] <= 1.05 and rows[name][5] <= 1.1, (size, name)
+    c_dpo, pd_dpo, naive = (sizes["bench"][name] for name in list(sizes["bench"])[1:])
+    assert f"takes {c_dpo[1]:.2f} times the time of stock TRL DPO, and {pd_dpo[1]:.2f} times in stage 2" in readme
+    assert (
+        f"at {c_dpo[5]:.2f} times the peak memory; with" in readme and f"it would take {naive[1]:.2f} times" in readme
+    )
+    stock, c_dpo, _, naive, seen = sizes["135m"].values()
+    assert f"takes {c_dpo[0] / 1e3:.1f} s, {c_dpo[1]:.2f} times the {stock[0] / 1e3:.1f} s of stock DPO" in readme
+    assert f"{c_dpo[5]:.2f} times the peak memory, and {seen[0] / 1e3:.1f} s on pairs" in readme
+    assert f"takes {naive[0] / stock[0]:.2f} times stock's" in readme
