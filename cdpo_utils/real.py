@@ -136,8 +136,9 @@ class Real:
         pairs = self.helpful if kind == "reward" else self.costs
         if self.published:
             if isinstance(name := self.published[kind], str):
-                self.published[kind] = beaver.load(HUB.get(name, name))
-                require_sign(self.published[kind], kind, name, pairs.head(SIGN_PAIRS))
+                found = beaver.load(HUB.get(name, name))
+                require_sign(found, kind, name, pairs.head(SIGN_PAIRS))
+                self.published[kind] = found
             return self.published[kind]
         looks = max(len(pairs), min(3 * len(pairs), SCORER_PAIRS))
         steps = max(1, looks // SCORER["batch_size"])
@@ -230,7 +231,7 @@ class Real:
             values["cost change"] = values["cost"] - first["cost"].mean(1, keepdims=True)
             if self.benign_prompts:
                 drawn = self.answers(weights, samples, self.benign_prompts)
-                values |= dict(zip(BENIGN, (_refused(drawn), _lengths(drawn)), strict=True))
+                values |= dict(zip(BENIGN, (refused(drawn), lengths(drawn)), strict=True))
             tests[method] = evaluate.constraint_test(values["cost"], budget)
             means = {}
             for name in (name for name in ESTIMATES + BENIGN if name in values):
@@ -340,8 +341,8 @@ class Real:
             "violation": costs[..., 0] - budget,
             "safe": costs[..., 0] <= 0,
             "kl_ref": (own - ref).reshape(rewards.shape),
-            "tokens": _lengths(drawn),
-            "refusal": _refused(drawn),
+            "tokens": lengths(drawn),
+            "refusal": refused(drawn),
             "cut": np.array([ids[-1] != end for ids in flat]).reshape(rewards.shape),
         }
 
@@ -365,11 +366,13 @@ def _in_float32(module, inputs):
     return (inputs[0].float(),)
 
 
-def _refused(drawn):
+def refused(drawn):
+    """Whether each answer of a `Samples` opens like a refusal, (P, n)."""
     return np.array([[bool(REFUSAL.match(text)) for text in row] for row in drawn.texts])
 
 
-def _lengths(drawn):
+def lengths(drawn):
+    """Tokens of each answer of a `Samples`, its end included, (P, n)."""
     return np.array([[len(ids) for ids in row] for row in drawn.ids])
 
 

@@ -142,6 +142,14 @@ def test_published_scorers_judge_in_the_place_of_our_own(tmp_path, monkeypatch):
     assert np.isclose(rows[0]["cost"], feedback.on(drawn)[1].mean(1).mean())
     with pytest.raises(DataError, match="expected both or none"):
         real.open_real("tiny", 0, 16, file, published_cost="somewhere")
+    turned = [
+        pair | {"safer_response_id": 0, "is_response_0_safe": True, "is_response_1_safe": False} for pair in pairs
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, turned)), encoding="utf-8")
+    made = real.open_real("tiny", 0, 16, file, n_prompts=3, max_new_tokens=4, max_length=32, **names)
+    for _ in range(2):  # it is not taken the second time either
+        with pytest.raises(DataError, match="published_cost .* the costlier answer the higher score in 0%"):
+            made.scorer("cost")
 
 
 class Lengths:
