@@ -120,8 +120,9 @@ def _row(made, truth, policy, descent):
     return row if descent is None else row | {"lam": float(descent.lam[0]), "steps": descent.steps}
 
 
-def measure(seeds, settings):
-    """All rows of `budget_run`, `pd_dpo_run` and `tails`: {"budgets", "pd_dpo", "tails"} -> DataFrame."""
+def measure(seeds, settings, kept=None):
+    """All rows of `budget_run`, `pd_dpo_run` and `tails`: {"budgets", "pd_dpo", "tails"} -> DataFrame. `kept`: see
+    `workers`."""
     varied = [("", 0), *((name, value) for name, values in VARIED.items() for value in values)]
     for seed in seeds:
         comparison.fill(seed, settings | {"budget": 0.0, "budget_from": "absolute"})
@@ -131,7 +132,7 @@ def measure(seeds, settings):
         "tails": (tails, [(seed, settings) for seed in seeds]),
     }
     return {
-        name: pd.DataFrame([row for rows in workers.side_by_side(function, asked) for row in rows])
+        name: pd.DataFrame([row for rows in workers.side_by_side(function, asked, kept) for row in rows])
         for name, (function, asked) in calls.items()
     }
 
@@ -258,6 +259,7 @@ def main(argv=None):
     parser.add_argument("--n-tools", type=int, default=8)
     parser.add_argument("--comparison", type=Path, help="folder of python -m cdpo_utils.comparison")
     parser.add_argument("--out", type=Path, default=Path("build/claims"))
+    parser.add_argument("--resume", action="store_true", help="go on with what a call that was killed has trained")
     given = parser.parse_args(argv)
     rows = None
     if given.comparison:
@@ -273,7 +275,8 @@ def main(argv=None):
         return 2
     started = time.time()
     settings = {"n_pairs": given.n_pairs, "n_objects": given.n_objects, "n_tools": given.n_tools}
-    measured = measure(given.seeds, settings | {"beta": 1.0, "steps": given.steps})
+    with workers.keeping(given.out / "trained", given.resume) as kept:
+        measured = measure(given.seeds, settings | {"beta": 1.0, "steps": given.steps}, kept)
     lines = of_comparison(rows) if rows else []
     lines += of_budgets(measured["budgets"]) + of_pd_dpo(measured["pd_dpo"]) + of_tails(measured["tails"]) + NOT_HERE
     for line in lines:

@@ -311,10 +311,10 @@ def frontier(seed, settings, points=60):
     return [{"seed": seed, "lam": lam, "violation": v, "reward_lost": loss} for lam, v, loss in named]
 
 
-def compare(methods, seeds, settings, steps):
+def compare(methods, seeds, settings, steps, kept=None):
     """Tune each method's knob on the validation world at the largest of `steps`, then run it on every test seed, with
     each of `steps`, and with what its paper recommends. After each seed yields what there is so far: {"tuning": rows of
-    the search, "rows": test rows, "papers": rows of PAPERS, "frontiers": rows of `frontier`}.
+    the search, "rows": test rows, "papers": rows of PAPERS, "frontiers": rows of `frontier`}. `kept`: see `workers`.
 
     Raises ValueError where a test seed is the validation seed, or where no policy meets the budget in a world.
     """
@@ -323,7 +323,7 @@ def compare(methods, seeds, settings, steps):
     settings = settings | {"steps": max(steps)}
     tried = [(method, value, VALIDATION_SEED, settings) for method in methods for value in KNOBS[method][1]]
     fill(VALIDATION_SEED, settings)
-    tuning = workers.side_by_side(run_one, tried)
+    tuning = workers.side_by_side(run_one, tried, kept)
     best = {
         method: min((row for row in tuning if row["method"] == method), key=lambda row: row["gap"])["knob"]
         for method in methods
@@ -334,22 +334,22 @@ def compare(methods, seeds, settings, steps):
         calls = [(method, best[method], seed, settings | {"steps": n}) for n in steps for method in methods]
         others = [(method, PAPERS[method], seed, settings) for method in methods if method in PAPERS]
         every = calls + [call for call in others if call not in calls]  # a paper's value may be the chosen one
-        done = workers.side_by_side(run_one, every)
+        done = workers.side_by_side(run_one, every, kept)
         found["rows"] += done[: len(calls)]
         found["papers"] += [done[every.index(call)] for call in others]
         found["frontiers"] += frontier(seed, settings)
         yield found
 
 
-def tuned(seed, settings, methods=tuple(TUNED)):
-    """A row of each method with the knob of TUNED, on the world of `seed`.
+def tuned(seed, settings, methods=tuple(TUNED), kept=None):
+    """A row of each method with the knob of TUNED, on the world of `seed`. `kept`: see `workers`.
 
     Raises ValueError where no policy meets the budget there.
     """
     fill(seed, settings)
     calls = [(method, TUNED[method], seed, settings) for method in methods]
     # loops, which take longest, come last in TUNED: begun last, one would leave the other process idle
-    return workers.side_by_side(run_one, calls[::-1])[::-1]
+    return workers.side_by_side(run_one, calls[::-1], kept)[::-1]
 
 
 def by_budget(rows):
@@ -384,6 +384,7 @@ def main(argv=None):
     parser.add_argument("--n-objects", type=int, default=8)
     parser.add_argument("--n-tools", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("build/comparison"), help="folder of the rows and figures")
+    parser.add_argument("--resume", action="store_true", help="go on with what a call that was killed has trained")
     given = parser.parse_args(argv)
     names = ("n_pairs", "n_objects", "n_tools", "beta", "budget")
     settings = {name: getattr(given, name) for name in names} | {"budget_from": "absolute"}
@@ -394,17 +395,18 @@ def main(argv=None):
         print(guard.disk(error), file=sys.stderr)
         return 2
     try:
-        if given.budgets:
-            asked = [settings | {"budget": d, "steps": max(given.steps)} for d in given.budgets]
-            rows = [row for one in asked for seed in given.seeds for row in tuned(seed, one, given.methods)]
-            result = {"settings": settings, "knobs": TUNED, "seconds": time.time() - started, "rows": rows}
-            files.write_whole(given.out / "budgets.json", json.dumps(result, indent=1) + "\n")
-            print(f"{by_budget(rows).to_string()}\n{time.time() - started:.0f} s; {given.out / 'budgets.json'}")
-            return 0
-        for found in compare(given.methods, given.seeds, settings, given.steps):
-            result = {"settings": settings, "knobs": KNOBS, "seconds": time.time() - started} | found
-            files.write_whole(part, json.dumps(result, indent=1))  # what a killed run leaves
-            print(f"seed {found['rows'][-1]['seed']}: done after {result['seconds']:.0f} s", flush=True)
+        with workers.keeping(given.out / "trained", given.resume) as kept:
+            if given.budgets:
+                asked = [settings | {"budget": d, "steps": max(given.steps)} for d in given.budgets]
+                rows = [row for one in asked for seed in given.seeds for row in tuned(seed, one, given.methods, kept)]
+                result = {"settings": settings, "knobs": TUNED, "seconds": time.time() - started, "rows": rows}
+                files.write_whole(given.out / "budgets.json", json.dumps(result, indent=1) + "\n")
+                print(f"{by_budget(rows).to_string()}\n{time.time() - started:.0f} s; {given.out / 'budgets.json'}")
+                return 0
+            for found in compare(given.methods, given.seeds, settings, given.steps, kept):
+                result = {"settings": settings, "knobs": KNOBS, "seconds": time.time() - started} | found
+                files.write_whole(part, json.dumps(result, indent=1))  # the rows that a killed call leaves
+                print(f"seed {found['rows'][-1]['seed']}: done after {result['seconds']:.0f} s", flush=True)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -48,6 +48,7 @@ from cdpo_utils import (
     labs,
     plots,
     policies,
+    progress,
     record,
     scoring,
     trainers,
@@ -175,6 +176,12 @@ def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus
         for _ in range(2)
     ]
     ends = [None, None]
+    line = progress.Loop(
+        "O-PD-DPO", rounds, 2 * schedule.round_steps, 2 * schedule.round_steps,
+        functools.partial(lab.gap, policy, beta, np.atleast_1d(budget)) if lab.gap else None,
+    )  # fmt: skip
+    for stage in stages:
+        stage.add_callback(trainers.EachStep(line.step))
 
     def train(stage, dataset, strength, before, k):
         """Stage 0 or 1 on its pairs, from where it ended."""
@@ -209,6 +216,7 @@ def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus
         k = len(done)
         if store and store.replays and k < rounds:  # what `measure` left behind for the next round
             compare(lab.sample(policy, samples, schedule.seed + 1000 + k - 1), k)
+        line.watch(done)
         if watch:
             watch(policy, done)
 
@@ -222,10 +230,12 @@ def o_pd_dpo(made, budget, beta, schedule, rounds, pairs, samples, labels, bonus
         folder = checkpoints.folder_of(lab.checkpoints, settings, policy, [first])
         store = checkpoints.Store(folder, policy, stages, [voters.rng], ends=ends)
     # No round is settled while pairs still come, and no multiplier of an unfinished policy brackets lam*.
-    return policy, dual.descend(
+    descent = dual.descend(
         maximise, measure, lam, budget, beta, max_rounds=rounds, tolerance=np.inf, patience=rounds + 1, watch=watched,
         store=store,
     )  # fmt: skip
+    line.end(descent.message)
+    return policy, descent
 
 
 def offline(made, budget, beta, schedule, rounds, pairs, samples, labels, watch=None):

@@ -60,7 +60,9 @@ def test_a_missing_comparison_is_one_line(capsys, tmp_path):
 @pytest.mark.slow
 def test_every_experiment_runs_and_every_claim_gets_a_verdict(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "BUDGETS", (1.0, 0.0))
-    monkeypatch.setattr(claims.workers, "side_by_side", lambda function, calls: [function(*call) for call in calls])
+    monkeypatch.setattr(
+        claims.workers, "side_by_side", lambda function, calls, kept=None: [function(*call) for call in calls]
+    )
     sizes = ["--n-pairs", "600", "--n-objects", "3", "--n-tools", "3", "--steps", "4"]
     assert claims.main([*sizes, "--out", str(tmp_path)]) == 0
     table = pd.read_csv(tmp_path / "claims.csv")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pandas as pd
@@ -91,7 +92,9 @@ def test_the_knob_with_the_smallest_gap_on_the_validation_world_is_used(monkeypa
         return {"method": method, "knob": knob, "seed": seed, "gap": abs(knob - 0.6)}
 
     monkeypatch.setattr(comparison, "fill", lambda seed, settings: None)
-    monkeypatch.setattr(comparison.workers, "side_by_side", lambda function, calls: [run_one(*call) for call in calls])
+    monkeypatch.setattr(
+        comparison.workers, "side_by_side", lambda _, calls, kept=None: [run_one(*call) for call in calls]
+    )
     monkeypatch.setattr(comparison, "frontier", lambda seed, settings: [{"seed": seed}])
     worlds = comparison.compare(["modpo", "safe_dpo"], [0, 1], SETTINGS, [8, 24])
     found = next(worlds)
@@ -116,7 +119,9 @@ def test_what_a_paper_recommends_is_not_run_again_where_it_was_chosen(monkeypatc
     monkeypatch.setattr(comparison, "PAPERS", {"modpo": 0.6, "sacpo": 4.0})
     monkeypatch.setattr(comparison, "fill", lambda seed, settings: None)
     monkeypatch.setattr(comparison, "frontier", lambda seed, settings: [])
-    monkeypatch.setattr(comparison.workers, "side_by_side", lambda function, calls: [run_one(*call) for call in calls])
+    monkeypatch.setattr(
+        comparison.workers, "side_by_side", lambda _, calls, kept=None: [run_one(*call) for call in calls]
+    )
     [found] = comparison.compare(["modpo", "sacpo", "bfpo"], [0], SETTINGS, [8])
     rows, papers = found["rows"], found["papers"]
     assert asked[9:] == [("modpo", 0.6, 0), ("sacpo", 0.6, 0), ("bfpo", 0.5, 0), ("sacpo", 4.0, 0)]
@@ -127,9 +132,19 @@ def test_what_a_paper_recommends_is_not_run_again_where_it_was_chosen(monkeypatc
 def test_the_command_tunes_and_writes_its_rows(tmp_path):
     sizes = ["--n-pairs", "600", "--n-objects", "3", "--n-tools", "3", "--steps", "4", "8"]
     command = [sys.executable, "-m", "cdpo_utils.comparison", "--methods", "safe_rlhf", "dual_descent", *sizes]
-    done = subprocess.run([*command, "--out", tmp_path], capture_output=True, text=True, timeout=300)
+    killed = subprocess.Popen([*command, "--out", tmp_path], stdout=subprocess.DEVNULL)
+    while len(list((tmp_path / "trained").glob("*.json"))) < 2:
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    left = {path: path.read_bytes() for path in (tmp_path / "trained").glob("*.json")}
+    done = subprocess.run([*command, "--out", tmp_path, "--resume"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout.startswith(f"goes on: {len(left)} done before\n") and len(left) < 12
+    assert not (tmp_path / "trained").exists()
     found = json.loads((tmp_path / "comparison.json").read_text())
+    assert all(json.loads(result)["result"] in found["tuning"] for result in left.values()), "seconds and all"
     assert len(found["tuning"]) == 6 and [row["method"] for row in found["rows"]] == ["safe_rlhf", "dual_descent"] * 2
     assert [row["steps"] for row in found["rows"]] == [4, 4, 8, 8]
     assert [row["knob"] for row in found["papers"]] == [0.01, "4 rounds, drawn labels"]
@@ -185,7 +200,9 @@ def test_every_method_at_every_budget_with_the_knobs_of_budget_zero(monkeypatch,
                     gap=10 * abs(size))  # fmt: skip
 
     monkeypatch.setattr(comparison, "fill", lambda seed, settings: filled.append((seed, settings["budget"])))
-    monkeypatch.setattr(comparison.workers, "side_by_side", lambda function, calls: [run_one(*call) for call in calls])
+    monkeypatch.setattr(
+        comparison.workers, "side_by_side", lambda _, calls, kept=None: [run_one(*call) for call in calls]
+    )
     command = ["--methods", "sacpo", "c_dpo", "--budgets", "-1", "1", "--seeds", "0", "3", "--steps", "8"]
     assert comparison.main([*command, "--out", str(tmp_path)]) == 0
     assert filled == [(0, -1.0), (3, -1.0), (0, 1.0), (3, 1.0)], "a budget that no policy meets is refused at once"

@@ -1,5 +1,6 @@
 """Work in processes of its own: results in order, one line for a failure, no main module run twice."""
 
+import json
 import math
 import os
 import subprocess
@@ -25,6 +26,40 @@ def test_a_failure_ends_the_others():
     with pytest.raises(RuntimeError, match="sleep length must be non-negative"):
         workers.side_by_side(time.sleep, [(60,), (-1,), (60,)])
     assert time.time() - started < 50
+
+
+def test_what_is_kept_is_not_made_again(tmp_path, monkeypatch):
+    calls, kept = [(3, 4), (5, 12)], tmp_path / "kept"
+    with workers.keeping(kept, resume=False):
+        assert workers.side_by_side(math.hypot, calls, kept) == [5.0, 13.0]
+        made = sorted(kept.iterdir())
+        assert len(made) == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(workers, "_ask", lambda *_: pytest.fail("made again"))
+            assert workers.side_by_side(math.hypot, calls[::-1], kept) == [13.0, 5.0]
+            with pytest.raises(pytest.fail.Exception, match="made again"):  # another function
+                workers.side_by_side(math.dist, calls, kept)
+        made[0].write_text("{")  # damaged
+        assert workers.side_by_side(math.hypot, calls, kept) == [5.0, 13.0]
+        assert json.loads(made[0].read_text())["result"] in (5.0, 13.0)
+    assert not kept.exists(), "all went well"
+
+
+def test_what_came_before_a_failure_is_kept_for_who_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workers, "PROCESSES", 1)
+    kept = tmp_path / "kept"
+    with pytest.raises(RuntimeError, match="math domain error"), workers.keeping(kept, resume=False):
+        workers.side_by_side(math.sqrt, [(4,), (-1,)], kept)
+    assert capsys.readouterr().out == ""
+    with workers.keeping(kept, resume=True):
+        assert [json.loads(path.read_text()) for path in kept.iterdir()] == [{"result": 2.0}]
+        with pytest.raises(BlockingIOError), workers.keeping(kept, resume=True):
+            pass
+    assert capsys.readouterr().out == "goes on: 1 done before\n"
+    kept.mkdir()
+    (kept / "old.json").touch()
+    with workers.keeping(kept, resume=False):
+        assert not list(kept.iterdir())
 
 
 def test_a_script_without_a_guard_runs_once(tmp_path):
