@@ -41,6 +41,11 @@ METHOD_FIELDS = (
 )
 CHOICES = {"method": METHODS, "feedback": ("oracle", "learned"), "split": ("train", "test")}
 PER_CONSTRAINT = ("lam", "cost", "budget", "violation")
+SAME_BITS = (
+    "Two runs with the same parameters, source and versions on one machine are equal bit for bit, but for seconds and "
+    "peak_mib. Another processor or instruction set, another number of threads, a GPU, or another version of a package "
+    "may change the last bits of a sum; an answer that is sampled may then be another, and so all that follows."
+)
 taken_up = []  # (name of a training, seconds) that were spent before on what this process goes on from, see `clock`
 PACKAGES = ("torch", "transformers", "tokenizers", "trl", "accelerate", "peft", "datasets", "numpy", "scipy",
             "papermill", "cdpo-utils")  # fmt: skip
@@ -115,6 +120,7 @@ def save_record(notebook, parameters, methods, extra=None):
         "methods": [method_row(**row) for row in methods],
         "versions": versions(),
         "source": source_hash(),
+        "same_bits": SAME_BITS,
         "extra": guard.without_secrets(extra),
     }
     text = json.dumps(record, indent=1, allow_nan=False)

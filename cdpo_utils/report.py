@@ -4,6 +4,7 @@ python -m cdpo_utils.report runs/latest         # how long each notebook took, a
 python -m cdpo_utils.report a.json b.json ...   # a pretrained model's estimates by `cdpo_utils.train`, a seed a file
 """
 
+import functools
 import html
 import json
 import math
@@ -15,6 +16,7 @@ import nbformat
 import pandas as pd
 from nbconvert import HTMLExporter
 
+from cdpo_utils import record
 from cdpo_utils.files import write_whole
 from cdpo_utils.guard import UNSEEN, visible
 
@@ -45,6 +47,7 @@ EQUAL = (  # the same of a row of the comparison on equal terms
     ("answers", lambda row: str(row["answers"])),
     ("seconds", lambda row: number(row["seconds"], 1)),
 )
+SAMPLED = ("tokens", "refusal")  # beside the reward, where answers were sampled: length and the share of refusals
 WORDS = 4  # the first columns are words and stand to the left, the others are numbers
 
 # nbconvert's, without the scripts for widgets and diagrams, which no page has and which come from the network
@@ -72,26 +75,36 @@ def number(value, digits, sign=""):
 
 def estimate(row, name, sign=""):
     """A number of a method row and, where it was sampled, its interval (see `with_intervals`)."""
-    text = number(row[name], 3, sign)
+    text = number(row.get(name), 3, sign)
     low, high = row.get("intervals", {}).get(name, (None, None))
     return text if low is None else f"{text} [{number(low, 3, sign)}, {number(high, 3, sign)}]"
 
 
-def with_intervals(rows, records):
-    """The method rows, each with the intervals that its notebook's record holds, {estimate: (low, high)}."""
+def with_intervals(rows, intervals):
+    """The method rows, each with what a summary's intervals say of it: {estimate: (low, high)}, and the means SAMPLED.
+
+    intervals: dicts with notebook, method, estimate, mean, low and high."""
     found = {}
-    for entry in records:
-        for item in (entry["extra"] or {}).get("intervals", []):
-            known = found.setdefault((entry["notebook"], item["method"]), {})
-            known[item["estimate"]] = item["low"], item["high"]
-    return [row | {"intervals": found.get((row["notebook"], row["method"]), {})} for row in rows]
+    for item in intervals:
+        known = found.setdefault((item["notebook"], item["method"]), {"intervals": {}})
+        known["intervals"][item["estimate"]] = item["low"], item["high"]
+        if item["estimate"] in SAMPLED:
+            known[item["estimate"]] = item["mean"]
+    return [row | found.get((row["notebook"], row["method"]), {"intervals": {}}) for row in rows]
+
+
+def columns(rows):
+    """COLUMNS; before the seconds those of SAMPLED, where some row of `with_intervals` has them."""
+    sampled = [(name, functools.partial(estimate, name=name)) for name in SAMPLED if any(name in row for row in rows)]
+    return [*COLUMNS[:-1], *sampled, COLUMNS[-1]]
 
 
 def text_table(rows):
     """The method rows as plain text in columns."""
-    lines = [[heading for heading, _ in COLUMNS]] + [[visible(show(row)) for _, show in COLUMNS] for row in rows]
+    shown = columns(rows)
+    lines = [[heading for heading, _ in shown]] + [[visible(show(row)) for _, show in shown] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    place = [str.ljust] * WORDS + [str.rjust] * (len(COLUMNS) - WORDS)
+    place = [str.ljust] * WORDS + [str.rjust] * (len(shown) - WORDS)
     return "\n".join(
         "  ".join(put(text, width) for put, text, width in zip(place, line, widths, strict=True)).rstrip()
         for line in lines
@@ -178,11 +191,8 @@ def write_html(folder, seconds, rows, versions, equal_terms=()):
         write_whole(path.with_suffix(".html"), page.translate(UNSEEN))
         heading = html.escape(visible(title(path)))
         links.append(f'<li><a href="{quote(stem)}.html">{heading}</a> ({minutes(taken)})</li>')
-    methods = html_table(
-        [heading for heading, _ in COLUMNS],
-        [[show(row) for _, show in COLUMNS] for row in rows],
-        WORDS,
-    )
+    shown = columns(rows)
+    methods = html_table([heading for heading, _ in shown], [[show(row) for _, show in shown] for row in rows], WORDS)
     equal = ""
     if equal_terms:
         ordered = sorted(equal_terms, key=lambda row: row["gap"])
@@ -204,10 +214,12 @@ browser takes from the network; everything else is in the files.</p>
 </ol>
 <h2>Methods</h2>
 <p>violation = cost - budget: positive breaks the constraint. gap: 0 % is the exact constrained optimum, 100 % the
-reference. A "-" is a value that is not available there. [low, high] is a 95 % interval of a sampled estimate.</p>
+reference. A "-" is a value that is not available there. [low, high] is a 95 % interval of a sampled estimate; tokens
+and refusal are the mean length of sampled answers and the share of them that open like a refusal.</p>
 {methods}
 {equal}
 <h2>Versions</h2>
+<p>{html.escape(record.SAME_BITS)}</p>
 {packages}
 </body>
 </html>

@@ -32,6 +32,11 @@ from papermill.exceptions import PapermillExecutionError
 from cdpo_utils import data, files, guard, progress, record, report
 
 KINDS = {"bool": bool, "int": int, "float": float, "str": str}
+# Least values of numbers that notebooks and configurations share; 0 in `batch_size` and `lr` is the setting's own.
+LEAST = dict.fromkeys(("seed", "batch_size", "lr", "lam_init"), 0) | dict.fromkeys(
+    ("n_pairs", "steps", "max_rounds", "samples", "reference_samples", "n_prompts", "max_new_tokens", "max_length"), 1
+)
+LARGEST_SEED = 2**31 - 1  # what is drawn has seeds that are counted on from it
 # what reading a file of JSON raises that is not what was written there
 UNREADABLE_JSON = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
@@ -220,6 +225,16 @@ def coerce(value, default, annotation):
     return value
 
 
+def require_range(name, value):
+    """ValueError where the number of a parameter `name` makes no sense, whatever the notebook."""
+    if name in LEAST and value < LEAST[name]:
+        raise ValueError(f"{value}; expected at least {LEAST[name]}")
+    if name in ("beta", "share_allowed") and value <= 0:
+        raise ValueError(f"{value}; expected more than 0")
+    if name == "seed" and value > LARGEST_SEED:
+        raise ValueError(f"{value}; expected at most {LARGEST_SEED}")
+
+
 def _coerce_number(value, kind):
     try:
         if isinstance(value, bool) or not isinstance(value, str | int | kind):
@@ -260,6 +275,7 @@ def plan(chosen, given):
                 try:
                     default = ast.literal_eval(spec["default"])
                     parameters[path][name] = coerce(value, default, spec["inferred_type_name"])
+                    require_range(name, parameters[path][name])
                 except ValueError as error:
                     raise NotUnderstood(f"parameter {name} of {path.stem}: {error}") from error
     return parameters
@@ -376,6 +392,10 @@ def summarise(folder, records):
         "versions": records[-1]["versions"] if records else record.versions(),
         "parameters": {r["notebook"]: r["parameters"] for r in records},
         "methods": [row for r in records for row in r["methods"]],
+        # of estimates by sampled answers, lengths and refusals among them: none on the bench, which is exact
+        "intervals": [
+            {"notebook": r["notebook"], **line} for r in records for line in (r["extra"] or {}).get("intervals", [])
+        ],
         # rows of notebook 07 with fields of their own (knob, optimiser steps, labels, answers); paths are in its record
         "equal_terms": [
             {name: value for name, value in row.items() if name != "path"}
@@ -456,7 +476,7 @@ def _run(args, folder, parameters, seconds):
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # only now: a notebook may train what an earlier one has
     records = read_records(folder)
     summary = summarise(folder, records)
-    rows = report.with_intervals(summary["methods"], records)
+    rows = report.with_intervals(summary["methods"], summary["intervals"])
     page = (
         None
         if args.no_report

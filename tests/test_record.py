@@ -86,9 +86,10 @@ def test_records_go_to_the_run_that_asked_for_them(tmp_path, monkeypatch):
     path = record.save_record("04_dual_descent", {"beta": 0.25}, [ROW], extra={"curve": [1.0, 2.0]})
     assert path == tmp_path / "records" / "04_dual_descent.json"
     saved = json.loads(path.read_text())
-    assert list(saved) == ["notebook", "parameters", "methods", "versions", "source", "extra"]
+    assert list(saved) == ["notebook", "parameters", "methods", "versions", "source", "same_bits", "extra"]
     assert (saved["parameters"], saved["methods"], saved["extra"]["curve"]) == ({"beta": 0.25}, [ROW], [1.0, 2.0])
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert "number of threads" in saved["same_bits"], "what would make two runs differ"
 
 
 def test_without_a_run_they_go_to_build(tmp_path, monkeypatch):

@@ -13,19 +13,33 @@ ROW = {
     "notebook": "06_two_stage_primal_dual", "method": "pd_dpo", "feedback": "learned", "split": "test", "lam": 0.5,
     "reward": 1.25, "cost": -0.5, "violation": -0.5, "kl_ref": 0.25, "gap": None, "seconds": 12.0,
 }  # fmt: skip
-RECORD = {
-    "notebook": ROW["notebook"],
-    "extra": {"intervals": [{"method": "pd_dpo", "estimate": "violation", "mean": -0.5, "low": -0.75, "high": 0.125}]},
-}
+INTERVAL = {"notebook": ROW["notebook"], "method": "pd_dpo", "estimate": "violation", "mean": -0.5, "low": -0.75,
+            "high": 0.125}  # fmt: skip
 
 
 def test_an_interval_stands_beside_its_estimate_and_only_there():
-    (row,) = report.with_intervals([ROW], [RECORD, {"notebook": "04_c_dpo", "extra": None}])
+    (row,) = report.with_intervals([ROW], [INTERVAL, INTERVAL | {"notebook": "04_c_dpo", "low": 5.0}])
     heading, line = report.text_table([row]).splitlines()
     assert "-0.500 [-0.750, +0.125]" in line and line.count("[") == 1
     assert line.endswith("-     12.0"), "no gap where there is no truth"
-    (other,) = report.with_intervals([ROW | {"method": "reference"}], [RECORD])
+    (other,) = report.with_intervals([ROW | {"method": "reference"}], [INTERVAL])
     assert "[" not in report.text_table([other])
+
+
+def test_lengths_and_refusals_stand_beside_the_reward_where_answers_were_sampled(tmp_path):
+    sampled = [INTERVAL | dict(estimate="tokens", mean=40.5, low=39.0, high=42.0),
+               INTERVAL | dict(estimate="refusal", mean=0.25, low=0.125, high=0.375)]  # fmt: skip
+    rows = report.with_intervals([ROW | {"method": "optimum"}, ROW], sampled)
+    heading, exact, line = report.text_table(rows).splitlines()
+    assert heading.split()[-3:] == ["tokens", "refusal", "seconds"]
+    assert line.endswith("40.500 [39.000, 42.000]  0.250 [0.125, 0.375]     12.0") and exact.split()[-3:-1] == [
+        "-",
+        "-",
+    ]
+    assert "tokens" not in report.text_table(report.with_intervals([ROW], [])), "nothing was sampled"
+    index = report.write_html(tmp_path, {}, rows, {}).read_text()
+    assert '<th class="number">refusal</th>' in index and "0.250 [0.125, 0.375]" in index
+    assert "number of threads" in index, "what would make two runs differ"
 
 
 def test_texts_are_escaped_in_html():

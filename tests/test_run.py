@@ -1,5 +1,6 @@
 """The runner, on throw-away notebooks of a few lines."""
 
+import ast
 import json
 import random
 import signal
@@ -8,10 +9,11 @@ import sys
 import time
 
 import nbformat
+import papermill
 import pytest
 from nbformat import v4
 
-from cdpo_utils import run
+from cdpo_utils import record, run
 from cdpo_utils.record import METHOD_FIELDS
 
 PARAMETERS = """\
@@ -34,7 +36,8 @@ row |= dict(feedback="oracle", split="test", lam=[0.0, 1.5], cost=[0.25, 0.5], g
 parameters = dict(seed=seed, lr=lr, fast=fast, budgets=budgets, data_file=data_file)
 equal = dict(method="sacpo", knob="lam 0.6", gap=1.5, gap_test=2.5, path=[[0.5, 1.0, 0.0]], labels=7, answers=0)
 equal |= dict.fromkeys(("lam", "reward", "cost", "violation", "seconds"), 0.25)
-save_record("01_first", parameters, [row], {"equal": [equal]})
+tokens = dict(method="reference", estimate="tokens", mean=12.0, low=11.0, high=13.0)
+save_record("01_first", parameters, [row], {"equal": [equal], "intervals": [tokens]})
 """
 
 
@@ -79,14 +82,17 @@ def test_a_run_leaves_executed_notebooks_and_a_summary(finished):
     executed = nbformat.read(finished / "02_second.ipynb", as_version=4)
     assert all(cell.execution_count for cell in executed.cells if cell.cell_type == "code")
     summary = json.loads((finished / "summary.json").read_text())
-    assert list(summary) == ["schema", "versions", "parameters", "methods", "equal_terms"] and summary["schema"] == 1
-    assert summary["versions"]["papermill"]
+    assert list(summary) == ["schema", "versions", "parameters", "methods", "intervals", "equal_terms"]
+    assert summary["schema"] == 1 and summary["versions"]["papermill"]
     (row,) = summary["methods"]
     assert tuple(row) == METHOD_FIELDS and row["lam"] == [0.0, 1.5]
     (row,) = summary["equal_terms"]
     assert (row["method"], row["gap"], row["labels"]) == ("sacpo", 1.5, 7) and "path" not in row
     index = (finished / "index.html").read_text(encoding="utf-8")
     assert "<td>sacpo</td><td>lam 0.6</td>" in index and ">2.50<" in index
+    (line,) = summary["intervals"]
+    assert (line["notebook"], line["estimate"], line["high"]) == ("01_first", "tokens", 13.0)
+    assert ">12.000 [11.000, 13.000]<" in index
 
 
 def test_values_arrive_as_the_type_of_the_default(finished):
@@ -212,6 +218,31 @@ def test_coerce_refuses(value, default, annotation):
         run.coerce(value, default, annotation)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", -1, "-1; expected at least 0"),
+        ("seed", 2**31, "2147483648; expected at most 2147483647"),
+        ("steps", 0, "0; expected at least 1"),
+        ("beta", 0.0, "0.0; expected more than 0"),
+        ("lam_init", -0.5, "-0.5; expected at least 0"),
+        ("share_allowed", 0.0, "0.0; expected more than 0"),
+    ],
+)
+def test_a_number_out_of_range_is_one_line_before_anything_runs(tmp_path, capsys, name, value, message):
+    assert run.main(["-p", name, str(value), "--out", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert f"parameter {name} of " in error and message in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_every_default_is_in_range():
+    notebooks = run.select(record.repo_root() / "notebooks", [], "bench")
+    for path, _ in notebooks:
+        for name, spec in papermill.inspect_notebook(path).items():
+            run.require_range(name, ast.literal_eval(spec["default"]))
+
+
 @pytest.mark.slow
 def test_real_notebooks_with_other_parameters(tmp_path, capsys, monkeypatch):
     """Another seed, world, beta and budget: the notebooks' own checks hold, and the summary says what was asked."""
@@ -222,7 +253,7 @@ def test_real_notebooks_with_other_parameters(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "dpo_harmless" in out and out.rstrip().endswith("index.html")
     summary = json.loads((tmp_path / "runs" / "latest" / "summary.json").read_text())
-    assert set(summary) == {"schema", "versions", "parameters", "methods", "equal_terms"} and summary["schema"] == 1
+    assert summary["schema"] == 1 and summary["intervals"] == []
     found = summary["parameters"]["02_reference_and_dpo"]
     assert {name: found[name] for name in asked} == asked
     rows = {(row["method"], row["split"]): row for row in summary["methods"]}
