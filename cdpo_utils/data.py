@@ -5,13 +5,16 @@ One schema, PKU-SafeRLHF's: `prompt, response_0, response_1` (text), `better_res
 (`safer_...`, with or without the two signs), or both. TRL's form `prompt, chosen, rejected` is read too, as text or as
 single-turn messages, when `kind` says what "chosen" means; it becomes response_0 = chosen with label 0, without signs.
 Conversations of several turns, or with a system message, are refused, not cut. With both forms, PKU's is read.
+HH-RLHF's form is `chosen, rejected`, each a transcript "Human: ... Assistant: ...", and `kind` says the same of it: one
+question with two answers is a row; transcripts of several turns are dropped and counted.
 
 *Schema faults* raise DataError, because the file is not what it claims to be: unreadable, empty, not UTF-8, broken
 JSON or CSV, a row that is no object, a repeated key or column, a missing column, a wrong type, a label out of range, a
 lone surrogate. *Content faults*, which real files have, are dropped and counted by reason: an empty prompt or answer
-(null included), equal answers, a missing label (null, NaN, an empty CSV cell, a key that one JSON row leaves out), a
-safety label that calls the unsafe answer safer than the safe one, and duplicates (same prompt, same answers in either
-order), of which the first is kept whether or not the labels agree. `strict=True` makes every drop an error.
+(null included), equal answers, transcripts of several turns or with different questions, a missing label (null, NaN,
+an empty CSV cell, a key that one JSON row leaves out), a safety label that calls the unsafe answer safer than the safe
+one, and duplicates (same prompt, same answers in either order), of which the first is kept whether or not the labels
+agree. `strict=True` makes every drop an error.
 
 An id is 0 or 1 (0.0 and 1.0 too, which nullable columns become; never true or false). A sign is a boolean in JSON;
 parquet and the hub may say 0 or 1; CSV may say True, true, TRUE, 1, 1.0 and their opposites.
@@ -43,6 +46,7 @@ import pyarrow.compute as pc
 from cdpo_utils.guard import one_line, visible
 
 PKU, TRL = ["prompt", "response_0", "response_1"], ["prompt", "chosen", "rejected"]
+TRANSCRIPTS = ["chosen", "chosen", "rejected"]  # where HH-RLHF has them
 BETTER, SAFER, SIGNS = "better_response_id", "safer_response_id", ["is_response_0_safe", "is_response_1_safe"]
 LABEL_COLUMNS = {"helpful": [BETTER], "safety": [SAFER], "signs": SIGNS}
 KNOWN = {*PKU, *TRL, BETTER, SAFER, *SIGNS}
@@ -342,8 +346,9 @@ def _read_hub(source, revision, split):
         raise fault(source, error, "a file that exists, or a data set that the hub or its cache can give") from None
 
 
-def _choose_columns(source, columns, kind):
-    """(text columns, label columns) that will be read; DataError where the file lacks one of them."""
+def _choose_columns(source, columns, kind, first):
+    """(text columns, label columns) that will be read; DataError where the file lacks one of them. first: its first
+    row, which tells transcripts from pairs whose prompt is missing."""
 
     def need(names, expected):
         for name in names:
@@ -352,11 +357,14 @@ def _choose_columns(source, columns, kind):
                 raise fault(source, f"{found} among {_names(columns)}", expected, name=name)
 
     if {"chosen", "rejected"} & set(columns) and not {"response_0", "response_1"} <= set(columns):
-        need(TRL, ", ".join(TRL))
+        text = first.get("chosen")
+        transcripts = "prompt" not in columns and isinstance(text, str) and text.startswith(("\n\nHuman:", "Human:"))
+        texts = TRANSCRIPTS if transcripts else TRL
+        need(texts, ", ".join(dict.fromkeys(texts)))
         if kind is None:
             wanted = "kind='helpful' (chosen is the better answer) or kind='safety' (chosen is the safer one)"
-            raise fault(source, "prompt, chosen, rejected do not say what chosen means", wanted)
-        return TRL, []
+            raise fault(source, f"{', '.join(dict.fromkeys(texts))} do not say what chosen means", wanted)
+        return texts, []
     need(PKU, f"{', '.join(PKU)} and labels, or {', '.join(TRL)}")
     wanted = {"helpful": [BETTER], "safety": [SAFER, *SIGNS], None: [BETTER, SAFER, *SIGNS]}[kind]
     chosen = [name for name in wanted if name in columns]
@@ -384,6 +392,28 @@ def _check_text(fail, value, role=None):
     if re.search("[\ud800-\udfff]", value):
         raise fail("a lone surrogate, which UTF-8 cannot write", wanted)
     return value
+
+
+def _turns(fail, transcript):
+    """[(speaker, text), ...] of a transcript; none of an empty one."""
+    before, *rest = re.split(r"(?:^|\n\n)(Human|Assistant):", transcript)
+    if before.strip() or (transcript.strip() and rest[:1] != ["Human"]):
+        raise fail(_found(transcript), r"a transcript, \n\nHuman: ... \n\nAssistant: ...")
+    return list(zip(rest[::2], rest[1::2], strict=True))
+
+
+def _question_and_answers(fails, values):
+    """Take the transcripts in `values` apart, in place; (reason, field) where they are to be dropped, else None."""
+    of_name = [("chosen", values["response_0"]), ("rejected", values["response_1"])]
+    turns = {name: _turns(fails[name], transcript) for name, transcript in of_name}
+    for name, found in turns.items():
+        if not found:
+            return "empty text", name
+        if [speaker for speaker, _ in found] != ["Human", "Assistant"]:
+            return "several turns", name
+    (question, answer), (other, second) = ([text.strip() for _, text in turns[name]] for name in ("chosen", "rejected"))
+    values.update(prompt=question, response_0=answer, response_1=second)
+    return None if question == other else ("answers to different questions", "rejected")
 
 
 def _check_label(fail, value, is_sign, form):
@@ -443,21 +473,22 @@ def load_preferences(source, *, kind=None, revision=None, split="train", strict=
     columns, rows, form = read_rows(source, revision, split)
     if not rows:
         raise fault(source, "no rows", "at least one")
-    texts, label_columns = _choose_columns(source, columns, kind)
+    texts, label_columns = _choose_columns(source, columns, kind, rows[0][1])
     kept, seen, places = [], {}, {}
     for number, record in rows:
-        values = {}
+        values, fails = {}, {}
         for name, ours, role in zip(texts, PKU, ["user", "assistant", "assistant"], strict=True):
-            fail = partial(fault, source, row=number, name=name)
+            fail = fails[name] = partial(fault, source, row=number, name=name)
             if name not in record:
                 raise fail("no such key in this row", "text")
             values[ours] = _check_text(fail, record[name], role if texts is TRL else None)
         for name in label_columns:
             fail = partial(fault, source, row=number, name=name)
             values[name] = _check_label(fail, record.get(name), name in SIGNS, form)
-        if texts is TRL:
+        odd = _question_and_answers(fails, values) if texts is TRANSCRIPTS else None
+        if texts is not PKU:
             values[LABEL_COLUMNS[kind][0]] = 0
-        reason, name = _content_fault(values, texts, seen) or (None, None)
+        reason, name = odd or _content_fault(values, texts, seen) or (None, None)
         if reason is None:
             kept.append({**values, "row": number})
         elif strict:

@@ -209,7 +209,7 @@ def open_lab(seed, n_pairs, n_objects=8, n_tools=8, model="", data_file="", help
     """
     if not model:
         files = {"data_file": data_file, "helpful_file": helpful_file, "safety_file": safety_file}
-        files |= {name: value for name, value in real.items() if name.startswith("published")}
+        files |= {name: value for name, value in real.items() if name.startswith("published") or name == "heldout_file"}
         for name, path in files.items():
             if path:
                 raise ValueError(f"{name}={path!r} needs a pretrained model: give model, or --setting smollm2")

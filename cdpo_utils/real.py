@@ -78,7 +78,7 @@ class Real:
 
     lab: Lab
     frames: dict  # {"helpful", "safety"}: training rows in PKU-SafeRLHF's columns; one frame twice for one file
-    held_out: dict  # the same for held-out prompts
+    held_out: dict  # the same for held-out prompts; under "others" rows of another file, whose prompts are judged on
     account: str  # what became of the rows
     seed: int
     setting: str
@@ -251,8 +251,9 @@ class Real:
 
     @property
     def judge_prompts(self):
-        """Held-out prompts that answers are sampled for, as many as the dual step uses."""
-        return _distinct(self.held_out["safety"].prompt, len(self.lab.prompts))
+        """Held-out prompts that answers are sampled for, as many as the dual step uses: those of the safety pairs, or
+        of another file where one was named."""
+        return _distinct(self.held_out.get("others", self.held_out["safety"]).prompt, len(self.lab.prompts))
 
     @property
     def benign_prompts(self):
@@ -404,7 +405,8 @@ def _distinct(prompts, n):
 
 
 def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="", n_prompts=24, max_new_tokens=48,
-              max_length=192, test_share=0.25, published_reward="", published_cost="", vllm=False):  # fmt: skip
+              max_length=192, test_share=0.25, published_reward="", published_cost="", vllm=False,
+              heldout_file=""):  # fmt: skip
     """A pretrained model and pairs from one file with both labels or from two files. Returns a `Real`.
 
     model: "smollm2" (from the cache, see `fetch`, else from the hub), a hub name, or a folder. Safetensors only, no
@@ -416,11 +418,15 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
         are sampled with are left out. Both are counted.
     published_reward, published_cost: scorers of others (`beaver`), names or folders; where empty ours are trained.
     vllm: whether vLLM draws the answers, see `vllm_sampling`.
+    heldout_file: preference pairs whose prompts are judged on, in the place of held-out prompts of the safety pairs:
+        how a policy does elsewhere. A prompt that something is trained on is left out, and counted.
 
     Raises DataError, in one line, where files, labels, the model or its chat template are missing or too few rows left,
     or vLLM is asked for and not installed.
     """
-    frames, accounts, fits = ready(model, data_file, helpful_file, safety_file, published_reward, published_cost, vllm)
+    scorers = published_reward, published_cost
+    frames, accounts, fits = ready(model, data_file, helpful_file, safety_file, *scorers, vllm, heldout_file)
+    others = frames.pop("others", None)
     base, tokenizer = load_model(model)
     digest = policies.digest(base.state_dict())
     backbone = getattr(base, base.base_model_prefix).state_dict()
@@ -438,6 +444,10 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
             done[id(frame)] = _prepare(frame, tokenizer, max_length, max_new_tokens, test_share, seed, n_pairs)
             notes.append(f"{accounts[label]}\n{done[id(frame)][2]}")
         train[label], held_out[label], _ = done[id(frame)]
+    if others is not None:
+        trained_on = {prompt for frame in train.values() for prompt in frame.prompt}
+        held_out["others"], note = _elsewhere(others, tokenizer, max_length, max_new_tokens, seed, trained_on)
+        notes.append(f"{accounts['others']}\n{note}")
     lab.prompts = _distinct(train["safety"].prompt, n_prompts)
     setting = Path(model).name or "local"
     account = "\n".join([*notes, fits])
@@ -446,7 +456,7 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
 
 
 def ready(model, data_file="", helpful_file="", safety_file="", published_reward="", published_cost="", vllm=False,
-          judge="", tokens=0):  # fmt: skip
+          heldout_file="", judge="", tokens=0):  # fmt: skip
     """What `open_real` and `Real.outside_judges` ask of their arguments before a weight is loaded: (frames, their
     accounts, a line on memory and time), see `_load` and `preflight.check`. Raises DataError as `open_real` does."""
     if vllm:
@@ -466,7 +476,10 @@ def ready(model, data_file="", helpful_file="", safety_file="", published_reward
         beaver.load_config(name)
     if judge not in ("", "base") and not judge.startswith("http"):
         load_tokenizer(judge)
-    return *_load(data_file, helpful_file, safety_file), fits
+    frames, accounts = _load(data_file, helpful_file, safety_file)
+    if heldout_file:
+        frames["others"], accounts["others"] = data.load_preferences(heldout_file, kind="safety")
+    return frames, accounts, fits
 
 
 def _load(data_file, helpful_file, safety_file):
@@ -501,6 +514,17 @@ def _prepare(frame, tokenizer, max_length, max_new_tokens, test_share, seed, n_p
         f"  {cut} rows cut to {max_length} tokens, {left_out} left out (prompt too long, or answers equal once cut)\n"
         f"  taken: {len(train)} pairs to train on, {len(held_out)} with held-out prompts"
     )  # fmt: skip
+
+
+def _elsewhere(frame, tokenizer, max_length, max_new_tokens, seed, trained_on):
+    """(rows whose prompts are judged on, a line for the account) of a loaded frame from another file."""
+    fitted, _, left_out = fit(frame, tokenizer, max_length, min(max_new_tokens, max_length // 2))
+    new = fitted[~fitted.prompt.isin(trained_on)].sample(frac=1, random_state=seed).reset_index(drop=True)
+    if (count := new.prompt.nunique()) < 2:
+        found = f"{count} prompts that fit into max_length={max_length} and that nothing is trained on"
+        raise DataError(f"{frame.attrs['source']}: {found}; expected 2 or more")
+    known = len(fitted) - len(new)
+    return new, f"  {left_out} rows left out, {known} more whose prompts are trained on; {count} prompts to judge on"
 
 
 def fit(frame, tokenizer, max_length, least):

@@ -58,6 +58,7 @@ class Config:
     data_file: str = ""
     helpful_file: str = ""
     safety_file: str = ""
+    heldout_file: str = ""
     published_reward: str = ""
     published_cost: str = ""
     max_rounds: int = 3
@@ -81,6 +82,7 @@ def read_config(file):
             raise run.NotUnderstood(f"{file}: unknown field {name}; expected {', '.join(fields)}")
         try:
             values[name] = run.coerce(value, fields[name].default, fields[name].type.__name__)
+            run.require_range(name, values[name])
         except ValueError as error:
             raise run.NotUnderstood(f"{file}: {name}: {error}") from None
     return Config(**values)
@@ -150,8 +152,8 @@ def train_pretrained(config):
     from cdpo_utils import algorithms, data, labs, suite
 
     own = optimiser(config)
-    names = ("seed", "n_pairs", "model", "data_file", "helpful_file", "safety_file", "published_reward",
-             "published_cost", "n_prompts", "max_new_tokens", "max_length", "vllm")  # fmt: skip
+    names = ("seed", "n_pairs", "model", "data_file", "helpful_file", "safety_file", "heldout_file",
+             "published_reward", "published_cost", "n_prompts", "max_new_tokens", "max_length", "vllm")  # fmt: skip
     try:
         made = labs.open_lab(**{name: getattr(config, name) for name in names})
     except data.DataError as error:

@@ -15,6 +15,7 @@ FORMS = [
     ["prompt", "response_0", "response_1", IDS[0]],
     ["prompt", "response_0", "response_1", IDS[1], *SIGNS],
     ["prompt", "chosen", "rejected"],
+    ["chosen", "rejected"],
 ]
 TEXTS = ["", " ", "\ufeff", "\0", "\x1b[31mred\x1b[0m", "\u202eevil\u202c", "\u2028", "a\r\nb", "\r", "\t=1+1", '"',
          "'", "<script>alert(1)</script>", "=cmd|' /C calc'!A0", "é", "\U0001f692", "\ud800", "\udfff\ud800", "NaN",
@@ -33,11 +34,14 @@ TYPES = [pa.int8(), pa.uint64(), pa.float16(), pa.float64(), pa.bool_(), pa.null
          pa.dictionary(pa.int32(), pa.string())]  # fmt: skip
 
 
-def sound(rng, name, i):
-    """A value that belongs there."""
+def sound(rng, name, i, alone):
+    """A value that belongs there. `alone`: chosen and rejected have no prompt beside them."""
     if name in IDS:
         return rng.randrange(2)
-    return rng.random() < 0.5 if name in SIGNS else f"{name} {i} {'x' * rng.randrange(5)}"
+    if name in SIGNS:
+        return rng.random() < 0.5
+    text = f"{name} {i} {'x' * rng.randrange(5)}"
+    return f"\n\nHuman: {i}\n\nAssistant: {text}" if alone and rng.random() < 0.9 else text
 
 
 def odd(rng):
@@ -53,7 +57,7 @@ def rows(rng):
     names, oddity = list(rng.choice(FORMS)), rng.choice([0, 0.02, 0.02, 0.2])
     made = []
     for i in range(rng.choice([0, 1, 2, 3, 8])):
-        row = [(name, odd(rng) if rng.random() < oddity else sound(rng, name, i)) for name in names]
+        row = [(name, odd(rng) if rng.random() < oddity else sound(rng, name, i, len(names) == 2)) for name in names]
         if rng.random() < oddity:
             row.pop(rng.randrange(len(row)))
         if rng.random() < oddity:

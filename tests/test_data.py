@@ -109,6 +109,40 @@ def test_trl_messages_of_one_turn_are_their_text(tmp_path, form):
     assert frame[["prompt", "response_0", "response_1"]].values.tolist() == [["p", "a", "b"]]
 
 
+def transcript(*turns):
+    """HH-RLHF's form of what Human and Assistant say in turn."""
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {text}" for i, text in enumerate(turns))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_transcripts_of_one_turn_are_pairs_and_others_are_counted(tmp_path, form):
+    pairs = [
+        (transcript("q", "a\n\nmore"), transcript("q", "b")),
+        (transcript("q", "a", "and?", "c"), transcript("q", "a", "and?", "d")),
+        (transcript("q", "a"), transcript("other", "b")),
+        (transcript("q"), transcript("q", "b")),
+        (transcript("q 2", "a"), transcript("q 2", "a ")),
+        ("", transcript("q", "b")),
+    ]
+    path = write(tmp_path / f"x.{form}", [dict(zip(("chosen", "rejected"), pair, strict=True)) for pair in pairs])
+    frame, account = load_preferences(path, kind="safety")
+    assert frame[PKU[:3] + ["safer_response_id"]].values.tolist() == [["q", "a\n\nmore", "b", 0]]
+    assert account.dropped == {
+        "several turns": 2, "answers to different questions": 1, "equal answers": 1, "empty text": 1
+    }  # fmt: skip
+    assert account.examples["several turns"] == [(2, "chosen"), (4, "chosen")]
+
+
+def test_what_is_no_transcript_is_named(refusal):
+    pairs = [{"chosen": transcript("q", "a"), "rejected": transcript("q", "b")}] * 2
+    line = r"x.jsonl, row 2, field 'rejected': text 'b'; expected a transcript, \n\nHuman: ... \n\nAssistant: ..."
+    assert refusal("x.jsonl", [pairs[0], pairs[1] | {"rejected": "b"}], kind="safety") == line
+    said = "x.jsonl: chosen, rejected do not say what chosen means; "
+    assert refusal("x.jsonl", pairs).startswith(said)
+    plain = [{"chosen": "a", "rejected": "b"}]  # pairs that lack their prompt
+    assert "field 'prompt': no such column" in refusal("x.jsonl", plain, kind="safety")
+
+
 def test_harmless_oddities_of_files(tmp_path):
     lines = [json.dumps(row(i)) for i in range(2)]
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, "", " ", ""]).encode())
@@ -694,9 +728,12 @@ def test_random_values_in_every_field_are_read_or_refused_in_one_line(tmp_path):
     for _ in range(400):
         rows = [row(i) for i in range(3)]
         names = PKU
-        if rng.random() < 0.4:
+        if (of := rng.random()) < 0.4:
             names = ["prompt", "chosen", "rejected"]
             rows = [{"prompt": f"p {i}", "chosen": "a", "rejected": "b"} for i in range(3)]
+        if of < 0.2:
+            names = ["chosen", "rejected"]
+            rows = [{name: transcript(f"p {i}", name) for name in names} for i in range(3)]
         for _ in range(rng.randint(1, 2)):
             one = rng.choice(rows)
             one[rng.choice(names)] = rng.choice(values)

@@ -147,6 +147,28 @@ def test_pairs_are_split_by_prompt_and_limited(made, files, folder):
     assert two.account.count("rows read") == 2 and set(two.costs.columns) == set(made.costs.columns)
 
 
+def test_prompts_of_another_file_are_judged_on_where_nothing_is_trained_on_them(folder, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("CDPO_CACHE", str(tmp_path / "cache"))
+    plain = opened(folder, data_file=files["data_file"])
+    known, new = plain.helpful.prompt[0], ["Clean the mug?", "Clean the pan, please?"]
+    said = [f"\n\nHuman: {prompt}\n\nAssistant: {answer}" for prompt in (known, *new) for answer in ("water", "acid")]
+    several = said[0] + "\n\nHuman: And then?\n\nAssistant: soap"
+    pairs = [{"chosen": a, "rejected": b} for a, b in [*zip(said[::2], said[1::2], strict=True), (several, said[1])]]
+    file = write(tmp_path / "hh.jsonl", pairs)
+    made = opened(folder, data_file=files["data_file"], heldout_file=file)
+    assert sorted(made.judge_prompts) == new and made.content != plain.content
+    assert (
+        "1 several turns" in made.account and "1 more whose prompts are trained on; 2 prompts to judge" in made.account
+    )
+    assert made.helpful.equals(plain.helpful) and made.benign_prompts == plain.benign_prompts
+    drawn = made.answers(None, 2)
+    assert drawn.prompts == made.judge_prompts and len(drawn.texts) == 2
+    with pytest.raises(data.DataError, match="hh.jsonl: 0 prompts that fit .* expected 2 or more"):
+        opened(folder, data_file=files["data_file"], heldout_file=write(tmp_path / "hh.jsonl", pairs[:1]))
+    with pytest.raises(ValueError, match="heldout_file='x' needs a pretrained model"):
+        labs.open_lab(0, 600, heldout_file="x")
+
+
 @pytest.mark.parametrize("name", ["data_file", "helpful_file", "safety_file"])
 def test_files_without_a_model_are_refused_not_ignored(name):
     with pytest.raises(ValueError, match=f"{name}='pairs.jsonl' needs a pretrained model"):

@@ -422,3 +422,19 @@ def test_means_over_seeds_by_hand():
     table = sweep.over_seeds(rows)
     assert table.n.tolist() == [2, 1] and table.cost.tolist() == [2.0, 5.0]
     assert table["cost ±"][0] == pytest.approx(12.7062) and np.isnan(table["cost ±"][1])  # t, 1 degree; sd / sqrt 2 = 1
+
+
+@pytest.mark.parametrize(
+    ("name", "points"),
+    [
+        ("caid", [f"'budget': -{b}.0" for b in range(3, 10)]),
+        ("c_dpo", ["'lam_init': 0.4", "'lam_init': 1.0"]),
+        ("pd_dpo", ["'lam_init': 5.0"]),
+    ],
+)
+def test_the_grids_of_the_papers_are_understood(name, points, tmp_path, capsys):
+    grid = record.repo_root() / "configs" / "papers" / f"{name}.yaml"
+    assert sweep.main([str(grid), "--out", str(tmp_path), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.split()[0] for line in lines}) == len(points), "runs of their own"
+    assert [point in line for point, line in zip(points, lines, strict=True)] == [True] * len(points)

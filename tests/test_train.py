@@ -96,6 +96,8 @@ def test_the_level_term_spans_all_ranks(tmp_path):
         ("model: nowhere/at-all", "feedback oracle: the truth about nowhere/at-all is unknown; say learned"),
         ("model: x\nfeedback: learned\nmethod: ppo", "method ppo; expected one of dpo_helpful, "),
         ("model: x\nfeedback: learned\nmethod: one_shot\nsamples: 1", "samples 1; expected at least 2"),
+        ("beta: -0.1", "c.yaml: beta: -0.1; expected more than 0"),
+        ("max_rounds: 0", "c.yaml: max_rounds: 0; expected at least 1"),
         ("model: ./nowhere\nfeedback: learned", "a pretrained model needs data_file (both labels), or helpful_file"),
     ],
 )
@@ -150,6 +152,14 @@ def test_the_configuration_of_smollm2_is_the_parameter_file_of_the_notebooks_wit
     assert named.keys() - ours.keys() == {"pattern"}  # of notebook 08
     assert {name: named[name] for name in of_both} == {name: type(named[name])(ours[name]) for name in of_both}
     assert all(named[name] < ours[name] for name in more)
+
+
+def test_the_configuration_of_the_papers_is_the_parameter_file_of_the_notebooks():
+    root = record.repo_root()
+    ours = vars(train.read_config(root / "configs/paper.yaml"))
+    named = run.read_yaml(root / "notebooks" / "params" / "paper.yaml")
+    assert named == {name: ours[name] for name in named}
+    assert ours["batch_size"] % 5 == 0, "the number of CAID's GPUs"
 
 
 # --- going on, and logs ----------------------------------------------------------------------------------------------
