@@ -1,6 +1,7 @@
 """The results of a run for reading: a text table for the terminal, HTML pages for the browser.
 
-python -m cdpo_utils.report runs/latest         # how long each notebook took, as a Markdown table (TEACHING.md)
+python -m cdpo_utils.report runs/latest         # how long each notebook took, as a Markdown table (TEACHING.md), and
+                                                # what each policy of a pretrained model reaches
 python -m cdpo_utils.report a.json b.json ...   # a pretrained model's estimates by `cdpo_utils.train`, a seed a file
 """
 
@@ -48,6 +49,7 @@ EQUAL = (  # the same of a row of the comparison on equal terms
     ("seconds", lambda row: number(row["seconds"], 1)),
 )
 SAMPLED = ("tokens", "refusal")  # beside the reward, where answers were sampled: length and the share of refusals
+REACHED = ("reward gain", "cost change", "violation", "kl_ref", *SAMPLED)  # see `real.Real.judge`
 WORDS = 4  # the first columns are words and stand to the left, the others are numbers
 
 # nbconvert's, without the scripts for widgets and diagrams, which no page has and which come from the network
@@ -139,6 +141,27 @@ def times(folder):
     return "\n".join([f"| notebook | {machine} |", "|---|---|", *lines, total])
 
 
+def estimates(summary):
+    """What the policies of a pretrained model reach, a Markdown table of `mean [low, high]`, a line a method.
+
+    A method that several notebooks judge is shown as the first of them has it."""
+    lams, found = {(row["notebook"], row["method"]): row["lam"] for row in summary["methods"]}, {}
+    for line in summary["intervals"]:
+        of_notebook = found.setdefault(line["method"], (line["notebook"], {}))
+        if of_notebook[0] == line["notebook"]:
+            of_notebook[1][line["estimate"]] = line
+    lines = [["method", "notebook", "λ", *REACHED], ["---"] * (3 + len(REACHED))]
+    for method, (notebook, known) in found.items():
+        lam = number(lams.get((notebook, method)), 3)
+        lines.append([method, notebook.split("_")[0], lam, *(interval(known[name]) for name in REACHED)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def interval(line):
+    """`mean [low, high]` of an estimate."""
+    return f"{number(line['mean'], 3)} [{number(line['low'], 3)}, {number(line['high'], 3)}]"
+
+
 def over_seeds(results):
     """One method's estimates by several seeds, a Markdown table of `mean [low, high]` with their mean over seeds.
 
@@ -162,11 +185,7 @@ def over_seeds(results):
         found = [{"λ": {"mean": lam}} | one for (lam,), one in zip(lams, found, strict=True)]
     for name in found[0]:
         means = pd.Series([one[name]["mean"] for one in found])
-        texts = [
-            number(one[name]["mean"], 3)
-            + (f" [{number(one[name]['low'], 3)}, {number(one[name]['high'], 3)}]" if "low" in one[name] else "")
-            for one in found
-        ]
+        texts = [interval(one[name]) if "low" in one[name] else number(one[name]["mean"], 3) for one in found]
         lines.append([name, *texts, f"{number(means.mean(), 3)} ± {number(half_width(means), 3)}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -229,9 +248,11 @@ and refusal are the mean length of sampled answers and the share of them that op
 
 
 def main(paths):
-    """The command line: one of the two tables, as text. Raises ValueError for what is neither."""
+    """The command line: tables of a run, or over seeds, as text. Raises ValueError for what is neither."""
     if len(paths) == 1 and paths[0].is_dir():
-        return times(paths[0])
+        summary = json.loads((paths[0] / "summary.json").read_text(encoding="utf-8"))
+        sampled = summary.get("intervals")  # older summaries have none
+        return "\n\n".join([times(paths[0]), *([estimates(summary)] if sampled else [])])
     return over_seeds([json.loads(path.read_text(encoding="utf-8")) for path in paths])
 
 

@@ -227,6 +227,8 @@ def coerce(value, default, annotation):
 
 def require_range(name, value):
     """ValueError where the number of a parameter `name` makes no sense, whatever the notebook."""
+    if not isinstance(value, int | float):  # nothing, or several
+        return
     if name in LEAST and value < LEAST[name]:
         raise ValueError(f"{value}; expected at least {LEAST[name]}")
     if name in ("beta", "share_allowed") and value <= 0:

@@ -10,7 +10,15 @@ from cdpo_utils import claims, comparison, report, train
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "tests/reference/smollm2").glob("seed-*.json"))
-OWN = {"method", "seed", "out", "data_file", "helpful_file", "safety_file"}  # of a recorded run: the rest is shipped
+OWN = {
+    "method",
+    "seed",
+    "out",
+    "data_file",
+    "helpful_file",
+    "safety_file",
+    "heldout_file",
+}  # of a recorded run: the rest is shipped
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

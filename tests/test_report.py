@@ -79,6 +79,22 @@ def trained(seed, gain, method="one_shot"):
     return {"config": {"seed": seed, "method": method}, "methods": rows, "intervals": [other, interval]}
 
 
+def test_what_policies_reach_is_a_table_beside_the_times(tmp_path):
+    def lines(method, notebook, mean):
+        of = dict(method=method, notebook=notebook, mean=mean, low=mean - 0.5, high=mean + 0.5)
+        return [of | {"estimate": name} for name in report.REACHED]
+
+    judged = lines("reference", "02_a", 0.0) + lines("c_dpo", "04_b", 1.0) + lines("reference", "04_b", 9.0)
+    rows = [dict(method="c_dpo", notebook=name, lam=lam) for name, lam in (("04_b", 0.25), ("07_c", 4.0))]
+    (tmp_path / "done.json").write_text('{"04_b": 60}')
+    (tmp_path / "summary.json").write_text(json.dumps({"versions": {"cores": 2}, "intervals": judged, "methods": rows}))
+    shown = report.main([tmp_path]).splitlines()
+    assert shown[2] == "| `04_b` | 1 min 00 s |" and shown[4] == ""
+    assert shown[5] == "| method | notebook | λ | reward gain | cost change | violation | kl_ref | tokens | refusal |"
+    assert shown[7] == "| reference | 02 | - " + "| 0.000 [-0.500, 0.500] " * 6 + "|", "as the first that judged it"
+    assert shown[8] == "| c_dpo | 04 | 0.250 " + "| 1.000 [0.500, 1.500] " * 6 + "|" and len(shown) == 9
+
+
 def test_estimates_over_seeds_are_a_table(tmp_path):
     files = []
     for seed, gain in ((2, 3.0), (0, 1.0), (1, 2.0)):

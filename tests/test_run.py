@@ -236,6 +236,11 @@ def test_a_number_out_of_range_is_one_line_before_anything_runs(tmp_path, capsys
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_is_no_number_has_no_range():
+    run.require_range("beta", None)
+    run.require_range("steps", [0, -1])
+
+
 def test_every_default_is_in_range():
     notebooks = run.select(record.repo_root() / "notebooks", [], "bench")
     for path, _ in notebooks:
