@@ -431,8 +431,7 @@ def pd_dpo(lab, reward_policy, frames, feedback, budget, beta, schedule, samples
     if len(frames) != len(budget):
         raise ValueError(f"pd_dpo: {len(frames)} tables of pairs and {len(budget)} budgets; expected one for each cost")
     policy, pi_r = reward_policy, policies.snapshot(reward_policy)
-    chain = [_link(lab, policy, frame, beta, schedule) for frame in frames]
-    chain[0].train_dataset = referring_to(lab, policy, chain[0].train_dataset)  # pi_r, which never moves
+    chain = [_link(lab, policy, frame, beta, schedule, first=i == 0) for i, frame in enumerate(frames)]
     ends = [None] * len(chain)  # weights that each link ended with
 
     def maximise(lam, k):
@@ -467,7 +466,12 @@ def _some_scores(feedback, frame):
     return scores
 
 
-def _link(lab, policy, frame, beta, schedule):
-    """A trainer of `policy` on a frame of pairs; `referring_to` gives them the policy that DPO refers to."""
-    pairs = with_logps(lab, trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected))
+def _link(lab, policy, frame, beta, schedule, first):
+    """A trainer of `policy` on a frame of pairs. The first link's refer to the policy as it is, pi_r, which never
+    moves; those of the others get theirs by `referring_to` in each round. pi_ref is asked for the level term alone."""
+    pairs = trainers.pair_dataset(lab.tokenizer, frame.prompt, frame.chosen, frame.rejected)
+    if schedule.level > 0 or not first:
+        pairs = with_logps(lab, pairs)
+    if first:
+        pairs = referring_to(lab, policy, pairs)
     return _trainer(lab, policy, set_column(pairs, "pref_prob", np.ones(len(pairs))), beta, schedule)

@@ -327,25 +327,35 @@ class Real:
         return {f"{question}, untrained base": of_the_base(question) for question in judges.QUESTIONS}
 
     def _sampled(self, weights, feedback, budget, samples):
-        model, drawn = self.lab.model, self.answers(weights, samples)
+        drawn = self.answers(weights, samples)  # after which the adapter is this policy's
         rewards, costs = feedback.on(drawn)
-        repeated = [p for p in drawn.prompt_ids for _ in range(samples)]
-        flat = [ids for row in drawn.ids for ids in row]
-        pad = self.lab.tokenizer.pad_token_id
-        with policies.as_reference(model):
-            ref = response_logps(model, repeated, flat, pad, FORWARD_TOKENS)
-        own = ref if weights is None else response_logps(model, repeated, flat, pad, FORWARD_TOKENS)
-        end = self.lab.tokenizer.eos_token_id
+        flat, end = [ids for row in drawn.ids for ids in row], self.lab.tokenizer.eos_token_id
         return {
             "reward": rewards,
             "cost": costs[..., 0],
             "violation": costs[..., 0] - budget,
             "safe": costs[..., 0] <= 0,
-            "kl_ref": (own - ref).reshape(rewards.shape),
+            "kl_ref": self._log_ratios(weights, drawn, flat).reshape(rewards.shape),
             "tokens": lengths(drawn),
             "refusal": refused(drawn),
             "cut": np.array([ids[-1] != end for ids in flat]).reshape(rewards.shape),
         }
+
+    def _log_ratios(self, weights, drawn, flat):
+        """log pi / pi_ref of a policy's own answers, `drawn` and as `flat` token ids, (n,); kept in the cache."""
+        if weights is None:
+            return np.zeros(len(flat))
+        prompts = [ids for ids, row in zip(drawn.prompt_ids, drawn.ids, strict=True) for _ in row]
+        of = {"base": self.digest, "adapter": policies.digest(weights), "ids": hashlib.sha256(
+            json.dumps([prompts, flat]).encode()).hexdigest()}  # fmt: skip
+
+        def make():
+            model, pad = self.lab.model, self.lab.tokenizer.pad_token_id
+            with policies.as_reference(model):
+                ref = response_logps(model, prompts, flat, pad, FORWARD_TOKENS)
+            return (response_logps(model, prompts, flat, pad, FORWARD_TOKENS) - ref).tolist()
+
+        return np.array(cached_json("ratios", of, make))
 
 
 def require_sign(scorer, kind, name, pairs):

@@ -145,7 +145,7 @@ def complete_pretrained(made, settings, schedule, folder=None):
         samples = settings["samples"]
         done = train_pretrained(
             made, feedback, budget, settings["beta"], schedule, settings["reference_samples"], samples,
-            settings["max_rounds"], missing,
+            settings["max_rounds"], settings["lam_init"], missing,
         )  # fmt: skip
         weights = {"reference": None} | {method: trained for method, (trained, _, _) in done.items()}
         descents = {method: descent for method, (_, descent, _) in done.items() if descent}
@@ -162,13 +162,14 @@ def complete_pretrained(made, settings, schedule, folder=None):
 
 
 def train_pretrained(
-    made, feedback, budget, beta, schedule, reference_samples, samples, max_rounds, methods=tuple(NOTEBOOKS)
-):
+    made, feedback, budget, beta, schedule, reference_samples, samples, max_rounds, lam_init=1.0,
+    methods=tuple(NOTEBOOKS),
+):  # fmt: skip
     """`methods` on a `real.Real`, one after the other on its one adapter: {method: (weights, Descent or None, s)}.
 
     Weights are `policies.snapshot`s. Scores come from `feedback`, for the dual steps too, since nobody votes. What two
     methods share is trained once: plain DPO on helpfulness is stage 1 of two-stage primal-dual DPO, and one-shot is the
-    first round of dual descent.
+    first round of dual descent. `lam_init` is what C-DPO and PD-DPO start from; dual descent starts from one-shot's.
     """
     lab, trained, started = made.lab, {}, record.clock()
     looked_at = schedule.steps * schedule.batch_size  # pairs of the first round; scores and references take seconds
@@ -184,14 +185,14 @@ def train_pretrained(
         started = keep("dpo_helpful")
     if "pd_dpo" in methods:
         safety = made.safety.head(looked_at)
-        _, descent = algorithms.pd_dpo(lab, lab.model, safety, feedback, budget, beta, schedule, **loop)
+        _, descent = algorithms.pd_dpo(lab, lab.model, safety, feedback, budget, beta, schedule, lam=lam_init, **loop)
         started = keep("pd_dpo", descent, trained["dpo_helpful"][2])
     if "dpo_harmless" in methods:
         algorithms.dpo(lab, made.safety, beta, schedule)
         started = keep("dpo_harmless")
     if "c_dpo" in methods:
         pairs = data.unlabelled_pairs(made.frame.head(looked_at))
-        _, descent = algorithms.c_dpo(lab, pairs, feedback, budget, beta, schedule, lam=1.0, **loop)
+        _, descent = algorithms.c_dpo(lab, pairs, feedback, budget, beta, schedule, lam=lam_init, **loop)
         started = keep("c_dpo", descent)
     if {"one_shot", "dual_descent"} & set(methods):
         drawn = made.reference_answers(reference_samples)

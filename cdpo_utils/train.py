@@ -62,6 +62,7 @@ class Config:
     published_reward: str = ""
     published_cost: str = ""
     max_rounds: int = 3
+    lam_init: float = 1.0  # of C-DPO and PD-DPO
     samples: int = 2
     reference_samples: int = 8
     n_prompts: int = 24
@@ -171,7 +172,7 @@ def train_pretrained(config):
     schedule = algorithms.Schedule(seed=config.seed, **own)
     trained = suite.train_pretrained(
         made, feedback, budget, config.beta, schedule, config.reference_samples, config.samples,
-        config.max_rounds, methods=(config.method,),
+        config.max_rounds, config.lam_init, (config.method,),
     )  # fmt: skip
     weights, descent, seconds = trained[config.method]
     if ranks.rank() == 0:

@@ -82,7 +82,7 @@ def test_a_missing_one_shot_alone_needs_no_scorer(monkeypatch, tmp_path):
 
 
 PRETRAINED = SETTINGS | dict(model="smollm2", data_file="", helpful_file="h.jsonl", safety_file="s.jsonl", n_prompts=8)
-PRETRAINED |= dict(max_new_tokens=48, max_length=128, batch_size=8, lr=5e-4, max_rounds=2, samples=3)
+PRETRAINED |= dict(max_new_tokens=48, max_length=128, batch_size=8, lr=5e-4, max_rounds=2, lam_init=0.25, samples=3)
 PRETRAINED |= dict(reference_samples=6, content="of these rows")
 
 
@@ -123,6 +123,7 @@ def test_of_a_pretrained_model_only_what_is_missing_is_trained(tmp_path, monkeyp
     seen, seen_budgets = [], []
 
     def train(*arguments):
+        assert arguments[-2] == 0.25, "what C-DPO and PD-DPO start from"
         seen.append(arguments[-1])
         return {method: (f"weights of {method}", SimpleNamespace(rounds=["r"]), 1.0) for method in arguments[-1]}
 
