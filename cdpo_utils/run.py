@@ -19,8 +19,10 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import nbformat
@@ -28,6 +30,7 @@ import papermill
 import yaml
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from cdpo_utils import data, files, guard, progress, record, report
 
@@ -36,6 +39,7 @@ KINDS = {"bool": bool, "int": int, "float": float, "str": str}
 LEAST = dict.fromkeys(("seed", "batch_size", "lr", "lam_init"), 0) | dict.fromkeys(
     ("n_pairs", "steps", "max_rounds", "samples", "reference_samples", "n_prompts", "max_new_tokens", "max_length"), 1
 )
+LONGEST_FOLDER = 75  # of sockets: their whole names may have 104 characters, of which some 20 are the kernel's
 LARGEST_SEED = 2**31 - 1  # what is drawn has seeds that are counted on from it
 # what reading a file of JSON raises that is not what was written there
 UNREADABLE_JSON = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
@@ -328,6 +332,7 @@ def execute(path, parameters, folder, label):
                 start_timeout=300,  # a loaded machine
                 extra_arguments=["--log-level=CRITICAL"],  # else each kernel warns that it listens on a local port
                 progress_bar=False,
+                config=Config({"KernelManager": connection()}),
             )
     except PapermillExecutionError as error:
         first = next((line for line in error.source.splitlines() if line.strip()), "")
@@ -344,6 +349,14 @@ def execute(path, parameters, folder, label):
     finally:
         guard.scrub(output)
     return time.perf_counter() - start
+
+
+def connection():
+    """How a new kernel is spoken to: by sockets in the folder of temporary files, since of two runs that begin at once
+    both may be given the same port; by ports where the system has no such sockets, or their names would be too long."""
+    if os.name != "posix" or len(tempfile.gettempdir()) > LONGEST_FOLDER:
+        return {"transport": "tcp"}
+    return {"transport": "ipc", "ip": f"{tempfile.gettempdir()}/cdpo-{uuid.uuid4().hex[:12]}"}
 
 
 class Scrubbed(papermill.iorw.LocalHandler):

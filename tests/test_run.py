@@ -236,6 +236,15 @@ def test_a_number_out_of_range_is_one_line_before_anything_runs(tmp_path, capsys
     assert not (tmp_path / "runs").exists()
 
 
+def test_kernels_take_no_port_where_there_are_sockets_of_files(monkeypatch):
+    monkeypatch.setattr(run.os, "name", "posix")
+    monkeypatch.setattr(run.tempfile, "gettempdir", lambda: "/tmp")
+    first, second = run.connection(), run.connection()
+    assert first["transport"] == "ipc" and first["ip"] != second["ip"] and len(first["ip"]) < 100
+    monkeypatch.setattr(run.tempfile, "gettempdir", lambda: "/tmp/" + "x" * 100)
+    assert run.connection() == {"transport": "tcp"}
+
+
 def test_what_is_no_number_has_no_range():
     run.require_range("beta", None)
     run.require_range("steps", [0, -1])
