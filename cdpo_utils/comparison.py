@@ -17,7 +17,6 @@ how many sampled answers it had scored (`answers`).
 import argparse
 import dataclasses
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass, field
@@ -388,7 +387,7 @@ def main(argv=None):
     given = parser.parse_args(argv)
     names = ("n_pairs", "n_objects", "n_tools", "beta", "budget")
     settings = {name: getattr(given, name) for name in names} | {"budget_from": "absolute"}
-    started, part = time.time(), given.out / "comparison.part.json"
+    started = time.time()
     try:
         files.writable(given.out)
     except OSError as error:
@@ -404,13 +403,12 @@ def main(argv=None):
                 print(f"{by_budget(rows).to_string()}\n{time.time() - started:.0f} s; {given.out / 'budgets.json'}")
                 return 0
             for found in compare(given.methods, given.seeds, settings, given.steps, kept):
-                result = {"settings": settings, "knobs": KNOBS, "seconds": time.time() - started} | found
-                files.write_whole(part, json.dumps(result, indent=1))  # the rows that a killed call leaves
-                print(f"seed {found['rows'][-1]['seed']}: done after {result['seconds']:.0f} s", flush=True)
+                print(f"seed {found['rows'][-1]['seed']}: done after {time.time() - started:.0f} s", flush=True)
+            result = {"settings": settings, "knobs": KNOBS, "seconds": time.time() - started} | found
+            files.write_whole(given.out / "comparison.json", json.dumps(result, indent=1) + "\n")
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    os.replace(part, given.out / "comparison.json")
     tuning, rows, papers, frontiers = (found[name] for name in ("tuning", "rows", "papers", "frontiers"))
     for n in sorted(given.steps, reverse=True):
         print(f"\n{n} steps\n\n{markdown([row for row in rows if row['steps'] == n])}")

@@ -404,16 +404,17 @@ def _turns(fail, transcript):
 
 def _question_and_answers(fails, values):
     """Take the transcripts in `values` apart, in place; (reason, field) where they are to be dropped, else None."""
-    of_name = [("chosen", values["response_0"]), ("rejected", values["response_1"])]
-    turns = {name: _turns(fails[name], transcript) for name, transcript in of_name}
-    for name, found in turns.items():
-        if not found:
+    questions = []
+    for name, ours in (("chosen", "response_0"), ("rejected", "response_1")):
+        turns = _turns(fails[name], values[ours])
+        if not turns:
             return "empty text", name
-        if [speaker for speaker, _ in found] != ["Human", "Assistant"]:
+        if [speaker for speaker, _ in turns] != ["Human", "Assistant"]:
             return "several turns", name
-    (question, answer), (other, second) = ([text.strip() for _, text in turns[name]] for name in ("chosen", "rejected"))
-    values.update(prompt=question, response_0=answer, response_1=second)
-    return None if question == other else ("answers to different questions", "rejected")
+        question, values[ours] = (text.strip() for _, text in turns)
+        questions.append(question)
+    values["prompt"] = questions[0]
+    return None if questions[0] == questions[1] else ("answers to different questions", "rejected")
 
 
 def _check_label(fail, value, is_sign, form):
