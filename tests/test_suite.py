@@ -147,3 +147,19 @@ def test_of_a_pretrained_model_only_what_is_missing_is_trained(tmp_path, monkeyp
     write_pretrained(tmp_path, "04_c_dpo", ["c_dpo"])
     write_pretrained(tmp_path, "06_two_stage_primal_dual", ["dpo_helpful", "pd_dpo"])
     assert suite.complete_pretrained(made, asked, None, tmp_path)[1] == [] and len(seen) == 2
+
+
+def test_loops_on_a_pretrained_model_start_from_the_multiplier_that_is_asked_for(monkeypatch):
+    started = {}
+
+    def loop(name):
+        return lambda *_, lam, **__: (None, started.update({name: lam}))
+
+    for name in ("c_dpo", "pd_dpo"):
+        monkeypatch.setattr(suite.algorithms, name, loop(name))
+    monkeypatch.setattr(suite.algorithms, "dpo", lambda *_: None)
+    monkeypatch.setattr(suite.policies, "snapshot", lambda _: None)
+    pairs = pd.DataFrame({"response_0": ["a"], "response_1": ["b"]})
+    made = SimpleNamespace(lab=SimpleNamespace(model=None), helpful=pairs, safety=pairs, frame=pairs)
+    suite.train_pretrained(made, None, 0.0, 0.1, suite.algorithms.Schedule(), 2, 2, 1, 0.25, ("c_dpo", "pd_dpo"))
+    assert started == {"c_dpo": 0.25, "pd_dpo": 0.25}
