@@ -47,6 +47,7 @@ class Size:
     length: int  # tokens of prompt and answer
     steps: int  # in a turn
     turns: int
+    recompute: bool = False  # whether stock TRL keeps no activations within a layer, as ours do from `trainers.LARGE`
 
 
 SIZES = {
@@ -56,7 +57,7 @@ SIZES = {
     "1b": Size(dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
                     num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True), 8, 512, 5, 3),
     "7b": Size(dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                    num_key_value_heads=32, vocab_size=32001), 4, 512, 3, 3),
+                    num_key_value_heads=32, vocab_size=32001), 4, 512, 3, 3, recompute=True),
 }  # fmt: skip
 
 
@@ -95,7 +96,12 @@ class Naive(trainers.PreferenceTrainer):
 
 def kinds(size):
     """The rows of a size's table."""
-    return KINDS[:4] if size.shape is None or torch.cuda.is_available() else KINDS
+    return KINDS[:4] if size.shape is None or on_gpu(size) else KINDS
+
+
+def on_gpu(size):
+    """Whether steps of this size are on a GPU; those of the bench's model are not."""
+    return size.shape is not None and torch.cuda.is_available()
 
 
 def model_and_tokenizer(size):
@@ -140,8 +146,9 @@ def build(kind, size):
         Trunk(model.get_base_model(), real.frozen_layers(model))
     dataset = rows(size, tokenizer, size.batch * size.steps)
     if kind == KINDS[0]:
-        args = trainers._arguments(DPOConfig, size.batch, 5e-3, 0, beta=BETA, max_length=None,
+        args = trainers._arguments(DPOConfig, model, size.batch, 5e-3, 0, beta=BETA, max_length=None,
                                    precompute_ref_log_probs=True)  # fmt: skip
+        args.activation_checkpointing = args.gradient_checkpointing = size.recompute
         trainer = Stock(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -167,14 +174,14 @@ def alone(kind, size):
     """One kind in this process: seconds a step, and peak MiB."""
     trainer = build(kind, size)
     turns = [seconds(trainer, size, turn)[0] for turn in range(1 + (size.turns if kind == KINDS[3] else 0))]
-    gpu = torch.cuda.is_available()
+    gpu = on_gpu(size)
     cuda = torch.cuda.max_memory_allocated() / 2**20 if gpu else float("nan")
     return {"seconds": float(np.median(turns[1:] or turns)), "rss": record.peak_mib(), "cuda": cuda}
 
 
 def table(name):
     """Measure one size and print its table."""
-    size, gpu = SIZES[name], torch.cuda.is_available()
+    size, gpu = SIZES[name], on_gpu(SIZES[name])
     device = torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads"
     children = []
     for k in range(len(kinds(size))):  # before this process holds memory of its own

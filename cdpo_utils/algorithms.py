@@ -210,7 +210,7 @@ def train_once(lab, policy, pairs, beta, schedule, pref_prob=1.0, **loss):
         trainers.run_steps(trainer, schedule.steps, schedule.seed)
         return trainer.state.log_history
 
-    if lab.checkpoints is None or torch.cuda.is_available():  # see `checkpoints.once`
+    if lab.checkpoints is None or policy.device.type != "cpu":  # see `checkpoints.once`
         return train()
     settings = {"method": "DPO", "beta": beta, "max_length": lab.max_length}
     settings |= {"loss": [function.__name__ for function in loss.values()]}  # of `losses`

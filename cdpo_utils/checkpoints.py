@@ -123,7 +123,7 @@ def once(folder, policy, train):
     """train(), which trains `policy` in place and returns a JSON value; where that has ended before, the policy's
     weights and the value are taken from `folder`. Where they cannot be kept that is said.
 
-    On a processor: where there is a GPU a trainer moves the policy there and lets it run in bf16 ever after."""
+    Of a policy on a processor: a GPU's random numbers are not kept."""
     body, weights = (cache.read_checked(folder / name) for name in ("state", "policy"))
     if all(ranks.merge({ranks.rank(): body is not None and weights is not None}).values()):
         state, weights = json.loads(body), load(weights)

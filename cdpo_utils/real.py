@@ -46,8 +46,7 @@ SCORER = {"batch_size": 8, "lr": 1e-3, "by_length": True}
 SCORER_PAIRS = 800  # that a scorer looks at: fewer are shown up to three times, more once each
 SIGN_PAIRS = 64  # by which a published scorer's sign is checked
 FORWARD_TOKENS = 2048  # tokens at once where nothing is trained: 0.4 GB of logits
-# Answers sampled at once: a processor is faster with more, a GPU would run out of memory for keys and values.
-SAMPLE_ROWS = {"cpu": 160, "cuda": 64}
+SAMPLE_ROWS = 160  # answers that a processor samples at once
 REFUSAL = re.compile(
     r"\W*(no\b|sorry|i'?m sorry|i am sorry|i can(no|')?t|i am (not|un)able|i'm (not|un)able|as an ai)", re.I
 )
@@ -445,7 +444,7 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     if base.device.type == "cpu" and base.config.model_type == "llama" and not ranks.sharded():
         Trunk(base, frozen_layers(base))
     lab = Lab(
-        policy, tokenizer, [], max_new_tokens, max_length, SAMPLE_ROWS[base.device.type], FORWARD_TOKENS, judged=whole
+        policy, tokenizer, [], max_new_tokens, max_length, sample_rows(base, max_length), FORWARD_TOKENS, judged=whole
     )
     lab.sampler = vllm_sampling.sample if vllm else None
     train, held_out, notes, done = {}, {}, [], {}
@@ -463,6 +462,19 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     account = "\n".join([*notes, fits])
     published = {"reward": published_reward, "cost": published_cost} if published_reward else {}
     return Real(lab, train, held_out, account, seed, setting, backbone, digest, dict(OPTIMISER), published)
+
+
+def sample_rows(base, length):
+    """Answers sampled at once. On a GPU a step of a thousand takes about as long as one of ten: as many as have their
+    keys and values of `length` tokens in a quarter of its memory."""
+    if base.device.type != "cuda":
+        return SAMPLE_ROWS
+    config = base.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * heads * width * length * base.dtype.itemsize
+    room = torch.cuda.get_device_properties(base.device).total_memory // 4
+    return max(1, min(1024, room // each))
 
 
 def ready(model, data_file="", helpful_file="", safety_file="", published_reward="", published_cost="", vllm=False,

@@ -35,6 +35,7 @@ disable_progress_bars()  # a bar per column of a pair table would drown a notebo
 REF_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 PAIR_COLUMNS = ("pref_prob", "sampler_chosen_logps", "sampler_rejected_logps")
 SIGN_COLUMNS = ("chosen_sign", "rejected_sign")
+LARGE = 2e9  # parameters from which a trainer keeps no activations within a layer, see `_trainer`
 
 
 def _encode_once(encode, tokenizer, texts):
@@ -55,21 +56,23 @@ def pair_dataset(tokenizer, prompts, chosen, rejected, **columns):
     )
 
 
-def _arguments(kind, batch_size, lr, seed, report_to="none", **more):
-    """Settings common to all trainers: cosine schedule, precision said aloud; checkpoints are `checkpoints`' business.
+def _arguments(kind, model, batch_size, lr, seed, report_to="none", **more):
+    """Settings common to all trainers: cosine schedule; checkpoints are `checkpoints`' business.
 
-    `batch_size` is the optimiser's; several processes divide it. Raises ValueError where they cannot.
+    Precision is the model's own, without autocast: of a pretrained one `preflight.precision`, and float32 of what is
+    trained. Training is where the model is: the bench's stays on the processor, where its numbers are the recorded ones
+    and a GPU is no faster, unless several processes have a GPU each. `batch_size` is the optimiser's; several processes
+    divide it. Raises ValueError where they cannot.
     """
+    on_cpu = model.device.type == "cpu" and not (ranks.world() > 1 and torch.cuda.is_available())
     if batch_size % ranks.world():
         raise ValueError(f"batch_size={batch_size} cannot be divided among {ranks.world()} processes")
     return kind(
         output_dir=tempfile.gettempdir(), max_steps=1, per_device_train_batch_size=batch_size // ranks.world(),
         learning_rate=lr, lr_scheduler_type="cosine", weight_decay=0.0, seed=seed,
         save_strategy="no", logging_strategy="steps", logging_steps=50, report_to=report_to, disable_tqdm=True,
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-        activation_checkpointing=False, dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        use_cpu=ranks.world() > 1 and not torch.cuda.is_available(), **more,
+        bf16=False, activation_checkpointing=False, use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
+        ddp_find_unused_parameters=False, **more,
     )  # fmt: skip
 
 
@@ -79,7 +82,14 @@ def _trainer(kind, model, **settings):
     FSDP takes apart what it trains, so there it is given a copy of its own. `model` itself stays whole on every rank:
     sampling, log-probabilities, snapshots and adapters that are switched off need nothing of FSDP, and a rank may call
     it as often as its share of the work asks.
+
+    Of a large model what a layer makes is not kept for the way back but made again: half a forward pass more, where
+    LoRA is on the upper half, for gigabytes less. The way back ends at the lowest adapter, where the setting of
+    TRL and of transformers would lead it through all layers.
     """
+    if sum(p.numel() for p in model.parameters()) >= LARGE:
+        model.activation_checkpointing_enable()
+        model.disable_input_require_grads()
     own = deepcopy(model.to(settings["args"].device)) if ranks.sharded() else model  # TRL moves the latter itself
     trainer = kind(model=own, **settings)
     trainer.whole = model
@@ -359,8 +369,9 @@ def preference_trainer(
     Raises ValueError for a model that cannot keep the answers of a pair apart, see `_check_apart`.
     """
     args = _arguments(
-        DPOConfig, batch_size, lr, seed, report_to, beta=beta, max_length=max_length, precompute_ref_log_probs=True
-    )
+        DPOConfig, model, batch_size, lr, seed, report_to,
+        beta=beta, max_length=max_length, precompute_ref_log_probs=True,
+    )  # fmt: skip
     columns = REF_COLUMNS + (PAIR_COLUMNS if level > 0 else PAIR_COLUMNS[:1])
     collator = PairCollator(tokenizer.pad_token_id, columns, max_length)
     trainer = _trainer(
@@ -425,7 +436,7 @@ def policy_gradient_trainer(model, reference, tokenizer, prompts, score, beta, b
     -> (n,). `trainer.beta` may be changed while it runs.
     """
     args = _arguments(
-        RLOOConfig, batch_size, lr, seed, num_generations=group, max_completion_length=max_new_tokens, beta=0.0,
+        RLOOConfig, model, batch_size, lr, seed, num_generations=group, max_completion_length=max_new_tokens, beta=0.0,
         disable_dropout=True, temperature=1.0, top_p=1.0, top_k=0,
     )  # fmt: skip
     prompts = prompts * -(-batch_size // (group * len(prompts)))  # a batch that is never full would never be trained on
@@ -436,7 +447,8 @@ def policy_gradient_trainer(model, reference, tokenizer, prompts, score, beta, b
         return score([prompt[0]["content"] for prompt in prompts], answers).tolist()
 
     trainer = RLOOTrainer(model=model, reward_funcs=judged, args=args, train_dataset=rows, processing_class=tokenizer)
-    trainer.beta, trainer.ref_model = beta, clean_copy(reference).eval()  # TRL would look for a folder of the reference
+    # TRL would look for a folder of the reference
+    trainer.beta, trainer.ref_model = beta, clean_copy(reference).to(trainer.args.device).eval()
     add_fused_lm_head(trainer.ref_model)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -452,7 +464,7 @@ def train_sft(model, tokenizer, prompts, answers, steps, batch_size, lr, seed, m
             "labels": [[-100] * len(p) + a for p, a in zip(prompt_ids, answer_ids, strict=True)],
         }
     )
-    args = _arguments(SFTConfig, batch_size, lr, seed, max_length=max_length, pad_to_multiple_of=MULTIPLE)
+    args = _arguments(SFTConfig, model, batch_size, lr, seed, max_length=max_length, pad_to_multiple_of=MULTIPLE)
     trainer = _trainer(SFTTrainer, model, args=args, processing_class=tokenizer, train_dataset=dataset)
     run_steps(trainer, steps, seed)
     return trainer.state.log_history
@@ -511,7 +523,7 @@ def train_scores(
     columns = {} if signs is None else {n: list(map(float, s)) for n, s in zip(SIGN_COLUMNS, signs, strict=True)}
     for name, ids in zip(("chosen_ids", "rejected_ids"), pair, strict=True):
         columns[name] = [(p + a)[:max_length] for p, a in zip(prompt_ids, ids, strict=True)]
-    args = _arguments(RewardConfig, batch_size, lr, seed, max_length=None)
+    args = _arguments(RewardConfig, model, batch_size, lr, seed, max_length=None)
     kind, names = (ScoreTrainer, ()) if signs is None else (CostTrainer, SIGN_COLUMNS)
     trainer = _trainer(
         kind, model, args=args, processing_class=tokenizer, train_dataset=Dataset.from_dict(columns),

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, RewardTrainer
 from trl.trainer import dpo_trainer, reward_trainer
 
-from cdpo_utils import logprobs, losses, policies, trainers
+from cdpo_utils import logprobs, losses, policies, real, trainers
 from cdpo_utils.algorithms import Schedule
 from cdpo_utils.logprobs import response_logps
 
@@ -83,7 +84,7 @@ def stock(tokenizer, reference, texts):
             "rejected": [[{"role": "assistant", "content": a}] for a in (chosen if swap else rejected)],
         }
         policy = policies.small_llama(tokenizer, seed=5, width=32)
-        args = trainers._arguments(DPOConfig, BATCH, 1e-2, 0, beta=BETA)
+        args = trainers._arguments(DPOConfig, policy, BATCH, 1e-2, 0, beta=BETA)
         return watched(
             DPOTrainer(
                 model=policy, ref_model=policies.clean_copy(reference), args=args, processing_class=tokenizer,
@@ -175,13 +176,13 @@ def test_two_small_batches_accumulated_are_one_of_twice_the_size(tokenizer, refe
     made = []
     for size, accumulate in ((16, 1), (8, 2)):
         rows = rows_of(reference, tokenizer, texts, 0.7)
-        args = trainers._arguments(DPOConfig, size, 1e-2, 0, beta=BETA, precompute_ref_log_probs=True,
+        policy = policies.small_llama(tokenizer, seed=5, width=32)
+        args = trainers._arguments(DPOConfig, policy, size, 1e-2, 0, beta=BETA, precompute_ref_log_probs=True,
                                    gradient_accumulation_steps=accumulate)  # fmt: skip
         collator = trainers.PairCollator(tokenizer.pad_token_id, ("pref_prob", *trainers.REF_COLUMNS))
         trainer, watch = watched(
             trainers.PreferenceTrainer(
-                model=policies.small_llama(tokenizer, seed=5, width=32), args=args, processing_class=tokenizer,
-                train_dataset=rows, data_collator=collator,
+                model=policy, args=args, processing_class=tokenizer, train_dataset=rows, data_collator=collator
             )
         )  # fmt: skip
         trainers.run_steps(trainer, 2, seed=0)
@@ -394,7 +395,7 @@ def test_a_full_disk_does_not_hide_which_pair_stopped_the_run(tokenizer, referen
 
 def test_what_the_trainer_does_not_implement_is_refused(tokenizer, reference, texts):
     rows = rows_of(reference, tokenizer, texts, 1.0)
-    args = trainers._arguments(DPOConfig, 8, 1e-3, 0, loss_type="ipo", precompute_ref_log_probs=True)
+    args = trainers._arguments(DPOConfig, reference, 8, 1e-3, 0, loss_type="ipo", precompute_ref_log_probs=True)
     with pytest.raises(ValueError, match="loss_type"):
         trainers.PreferenceTrainer(model=reference, args=args, processing_class=tokenizer, train_dataset=rows)
 
@@ -455,6 +456,39 @@ def test_a_lora_policy_keeps_one_adapter_and_its_base_stays(lora_lab, tokenizer,
 
 
 # --- supervised fine-tuning and scores --------------------------------------------------------------------------------
+
+
+def test_a_large_model_makes_its_activations_again_and_trains_the_same(tokenizer, texts, monkeypatch):
+    found, passes = [], []
+    for large in (float("inf"), 0):
+        monkeypatch.setattr(trainers, "LARGE", large)
+        base = policies.small_llama(tokenizer, seed=5, width=32, layers=4)
+        torch.manual_seed(0)
+        policy, layers = get_peft_model(base, real.lora(base, task_type="CAUSAL_LM")), base.model.layers
+        calls = [0] * len(layers)
+        for k, layer in enumerate(layers):
+
+            def count(*_, k=k, calls=calls):
+                calls[k] += 1
+
+            layer.input_layernorm.register_forward_hook(count)
+        rows = rows_of(policy, tokenizer, texts, 0.7)
+        trainer = trainers.preference_trainer(policy, tokenizer, rows, BETA, BATCH, 1e-2, 0)
+        calls[:] = [0] * len(layers)
+        trainers.run_steps(trainer, 2, seed=0)
+        found.append(policies.snapshot(policy))
+        passes.append(calls)
+    assert passes == [[2, 2, 2, 2], [2, 2, 4, 4]], "nothing below the adapters is made again"
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], atol=1e-6), name
+
+
+def test_training_is_where_the_model_is(reference, monkeypatch):
+    """Other processes' GPUs apart: on a machine with a GPU, or a Mac, the bench's model stays on the processor."""
+    assert trainers._arguments(DPOConfig, reference, 8, 1e-3, 0).device.type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = trainers._arguments(DPOConfig, reference, 8, 1e-3, 0)
+    assert args.device.type == "cpu" and args.use_cpu and not args.bf16 and not args.dataloader_pin_memory
 
 
 def test_fine_tuning_lowers_the_loss_of_answers_alone(world, tokenizer):

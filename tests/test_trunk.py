@@ -120,7 +120,7 @@ def test_a_scorer_is_trained_the_same(tokenizer):
             base.trunk.attach(scorer.get_base_model())
             seen = passes(scorer)
         texts = dict(chosen_ids=rows[:2] * 2, rejected_ids=rows[2:] * 2)
-        args = trainers._arguments(trainers.RewardConfig, 2, 1e-2, 0, max_length=None)
+        args = trainers._arguments(trainers.RewardConfig, scorer, 2, 1e-2, 0, max_length=None)
         trainer = trainers._trainer(
             trainers.RewardTrainer, scorer, args=args, processing_class=tokenizer,
             train_dataset=trainers.Dataset.from_dict(texts), data_collator=trainers.PairCollator(PAD),
