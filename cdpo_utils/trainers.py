@@ -60,20 +60,22 @@ def _arguments(kind, model, batch_size, lr, seed, report_to="none", **more):
     """Settings common to all trainers: cosine schedule; checkpoints are `checkpoints`' business.
 
     Precision is the model's own, without autocast: of a pretrained one `preflight.precision`, and float32 of what is
-    trained. Training is where the model is: the bench's stays on the processor, where its numbers are the recorded ones
-    and a GPU is no faster, unless several processes have a GPU each. `batch_size` is the optimiser's; several processes
-    divide it. Raises ValueError where they cannot.
+    trained. Training is where the model is: the bench's stays on the processor, where its numbers are the recorded
+    ones, unless several processes have a GPU each. `batch_size` is the optimiser's; several processes divide it, and
+    several GPUs only by several processes. Raises ValueError where they cannot.
     """
     on_cpu = model.device.type == "cpu" and not (ranks.world() > 1 and torch.cuda.is_available())
     if batch_size % ranks.world():
         raise ValueError(f"batch_size={batch_size} cannot be divided among {ranks.world()} processes")
-    return kind(
+    args = kind(
         output_dir=tempfile.gettempdir(), max_steps=1, per_device_train_batch_size=batch_size // ranks.world(),
         learning_rate=lr, lr_scheduler_type="cosine", weight_decay=0.0, seed=seed,
         save_strategy="no", logging_strategy="steps", logging_steps=50, report_to=report_to, disable_tqdm=True,
         bf16=False, activation_checkpointing=False, use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
         ddp_find_unused_parameters=False, **more,
     )  # fmt: skip
+    args._n_gpu = min(args.n_gpu, 1)  # with more, one process would take a batch for each (torch's DataParallel)
+    return args
 
 
 def _trainer(kind, model, **settings):

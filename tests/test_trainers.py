@@ -2,6 +2,7 @@
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -489,6 +490,14 @@ def test_training_is_where_the_model_is(reference, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args = trainers._arguments(DPOConfig, reference, 8, 1e-3, 0)
     assert args.device.type == "cpu" and args.use_cpu and not args.bf16 and not args.dataloader_pin_memory
+
+
+def test_one_process_trains_on_one_gpu_whatever_there_is(monkeypatch):
+    """transformers would take two batches of 8 at once on two GPUs, which nobody has asked for."""
+    for name, value in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    args = trainers._arguments(DPOConfig, SimpleNamespace(device=torch.device("cuda")), 8, 1e-3, 0)
+    assert args.device.type == "cuda" and args.n_gpu == 1 and args.train_batch_size == 8 and not args.bf16
 
 
 def test_fine_tuning_lowers_the_loss_of_answers_alone(world, tokenizer):
