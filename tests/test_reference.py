@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from cdpo_utils import claims, comparison, report, train
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "tests/reference/smollm2").glob("seed-*.json"))
+SERIES = ROOT / "tests/reference/smollm2/series"
 OWN = {"method", "seed", "out", "data_file", "helpful_file", "safety_file"}  # of a recorded run: the rest is shipped
 LATER = {"heldout_file", "lam_init"}  # which configurations have since; a one-shot run without them is the same
 
@@ -42,6 +44,38 @@ def test_the_readme_shows_what_is_recorded():
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     for line in report.main(FILES).splitlines():
         assert line in readme
+
+
+def test_the_recorded_series_took_the_parameters_that_are_shipped_and_less_than_two_hours():
+    shipped = yaml.safe_load((ROOT / "notebooks/params/smollm2.yaml").read_text(encoding="utf-8"))
+    parameters = json.loads((SERIES / "summary.json").read_text())["parameters"]
+    for name, given in parameters.items():
+        known = given.keys() & shipped.keys()
+        assert {key: given[key] for key in known} == {key: shipped[key] for key in known}, name
+        assert not any("/" in str(given.get(key, "")) for key in ("helpful_file", "safety_file"))
+    seconds = json.loads((SERIES / "done.json").read_text())
+    assert [stem[:2] for stem in seconds] == ["01", "02", "03", "04", "05", "06", "07", "08"]
+    assert sum(seconds.values()) < 7200
+
+
+def test_the_readme_shows_the_recorded_series():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for line in report.main([SERIES]).splitlines():
+        assert line in readme
+
+
+def test_what_the_readme_says_of_the_series():
+    lines = json.loads((SERIES / "summary.json").read_text())["intervals"]
+    low, mean, high = (
+        {(line["method"], line["estimate"]): line[name] for line in lines} for name in ("low", "mean", "high")
+    )
+    assert low["pd_dpo", "reward gain"] > 0 > max(high["pd_dpo", "cost change"], high["pd_dpo", "violation"])
+    assert low["dual_descent", "reward gain"] > 0 > low["dual_descent", "violation"]
+    assert all(low[name, "reward gain"] < 0 < high[name, "reward gain"] for name in ("one_shot", "c_dpo"))
+    assert low["c_dpo", "violation"] > 0 > max(high["dpo_harmless", "violation"], high["dpo_harmless", "reward gain"])
+    assert round(mean["dpo_harmless", "refusal"] / mean["reference", "refusal"]) == 8
+    for name in ("dpo_helpful", "pd_dpo"):
+        assert round(mean[name, "tokens"] / mean["reference", "tokens"], 1) == 0.8
 
 
 def test_the_readme_shows_the_recorded_comparison():
