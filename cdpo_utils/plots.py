@@ -79,7 +79,7 @@ def plotted(fig):
 def budget_line(ax, budget, axis="x"):
     """The budget d, dashed, on the axis that carries cost."""
     line = ax.axvline if axis == "x" else ax.axhline
-    line(budget, color=BUDGET, linestyle="--", linewidth=1.5, label=f"budget d = {budget:g}")
+    line(budget, color=BUDGET, linestyle="--", linewidth=1.5, label=f"budget d = {budget:.3g}")
     return ax
 
 
@@ -169,7 +169,7 @@ def plane(ax, objective, cost, budget, extent, points):
     ax.contour(x1, x2, objective(x1, x2), levels=12, colors=REFERENCE, linewidths=0.7, alpha=0.7)
     ax.contourf(x1, x2, cost(x1, x2), levels=[-np.inf, budget], colors=[METHOD_COLOURS["c_dpo"]], alpha=0.12)
     ax.contour(x1, x2, cost(x1, x2), levels=[budget], colors=BUDGET, linestyles="--", linewidths=1.5)
-    ax.plot([], [], color=BUDGET, linestyle="--", linewidth=1.5, label=f"budget d = {budget:g}")
+    ax.plot([], [], color=BUDGET, linestyle="--", linewidth=1.5, label=f"budget d = {budget:.3g}")
     for name, xy in points.items():
         xy = np.atleast_2d(xy)
         style = {"color": LAMBDA, "linewidth": 1.5} if len(xy) > 1 else _landmark(name)
