@@ -47,7 +47,6 @@ class Size:
     length: int  # tokens of prompt and answer
     steps: int  # in a turn
     turns: int
-    recompute: bool = False  # whether stock TRL keeps no activations within a layer, as ours do from `trainers.LARGE`
 
 
 SIZES = {
@@ -57,7 +56,7 @@ SIZES = {
     "1b": Size(dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
                     num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True), 8, 512, 5, 3),
     "7b": Size(dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                    num_key_value_heads=32, vocab_size=32001), 4, 512, 3, 3, recompute=True),
+                    num_key_value_heads=32, vocab_size=32001), 4, 512, 3, 3),
 }  # fmt: skip
 
 
@@ -148,7 +147,7 @@ def build(kind, size):
     if kind == KINDS[0]:
         args = trainers._arguments(DPOConfig, model, size.batch, 5e-3, 0, beta=BETA, max_length=None,
                                    precompute_ref_log_probs=True)  # fmt: skip
-        args.activation_checkpointing = args.gradient_checkpointing = size.recompute
+        args.activation_checkpointing = args.gradient_checkpointing = trainers.is_large(model)
         trainer = Stock(model=model, args=args, train_dataset=dataset, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         return trainer

@@ -78,6 +78,11 @@ def _arguments(kind, model, batch_size, lr, seed, report_to="none", **more):
     return args
 
 
+def is_large(model):
+    """Whether `model` has so many parameters that its activations are made again, see `_trainer`."""
+    return sum(p.numel() for p in model.parameters()) >= LARGE
+
+
 def _trainer(kind, model, **settings):
     """A trainer of `model`, which `run_steps` finds as `trainer.whole`.
 
@@ -89,7 +94,7 @@ def _trainer(kind, model, **settings):
     LoRA is on the upper half, for gigabytes less. The way back ends at the lowest adapter, where the setting of
     TRL and of transformers would lead it through all layers.
     """
-    if sum(p.numel() for p in model.parameters()) >= LARGE:
+    if is_large(model):
         model.activation_checkpointing_enable()
         model.disable_input_require_grads()
     own = deepcopy(model.to(settings["args"].device)) if ranks.sharded() else model  # TRL moves the latter itself
@@ -449,8 +454,7 @@ def policy_gradient_trainer(model, reference, tokenizer, prompts, score, beta, b
         return score([prompt[0]["content"] for prompt in prompts], answers).tolist()
 
     trainer = RLOOTrainer(model=model, reward_funcs=judged, args=args, train_dataset=rows, processing_class=tokenizer)
-    # TRL would look for a folder of the reference
-    trainer.beta, trainer.ref_model = beta, clean_copy(reference).to(trainer.args.device).eval()
+    trainer.beta, trainer.ref_model = beta, clean_copy(reference).eval()  # TRL would look for a folder of the reference
     add_fused_lm_head(trainer.ref_model)
     trainer.remove_callback(PrinterCallback)
     return trainer

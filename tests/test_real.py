@@ -5,6 +5,7 @@ import shutil
 import zipfile
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -417,6 +418,19 @@ def test_a_run_begins_with_what_it_needs_or_not_at_all(folder, files, tmp_path, 
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_gpu_draws_as_many_answers_as_fill_a_quarter_of_its_memory(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**33))
+    config = LlamaConfig(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128
+    )
+    base = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, config=config)
+    each = 2 * 32 * 8 * 128 * 2 * 512  # keys and values of 512 tokens: 64 MiB
+    assert real.sample_rows(base, 512) == 2**31 // each == 32
+    assert real.sample_rows(base, 8) == 1024 and real.sample_rows(base, 10**6) == 1
+    base.device = torch.device("cpu")
+    assert real.sample_rows(base, 512) == real.SAMPLE_ROWS
 
 
 def test_the_setting_paper_needs_a_gpu(files, tmp_path, capsys, monkeypatch):

@@ -456,9 +456,6 @@ def test_a_lora_policy_keeps_one_adapter_and_its_base_stays(lora_lab, tokenizer,
     assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
 
 
-# --- supervised fine-tuning and scores --------------------------------------------------------------------------------
-
-
 def test_a_large_model_makes_its_activations_again_and_trains_the_same(tokenizer, texts, monkeypatch):
     found, passes = [], []
     for large in (float("inf"), 0):
@@ -498,6 +495,9 @@ def test_one_process_trains_on_one_gpu_whatever_there_is(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     args = trainers._arguments(DPOConfig, SimpleNamespace(device=torch.device("cuda")), 8, 1e-3, 0)
     assert args.device.type == "cuda" and args.n_gpu == 1 and args.train_batch_size == 8 and not args.bf16
+
+
+# --- supervised fine-tuning and scores --------------------------------------------------------------------------------
 
 
 def test_fine_tuning_lowers_the_loss_of_answers_alone(world, tokenizer):
