@@ -2,6 +2,7 @@
 
 python -m cdpo_utils.report runs/latest         # how long each notebook took, as a Markdown table (TEACHING.md), and
                                                 # what each policy of a pretrained model reaches
+python -m cdpo_utils.report runs/a runs/b ...   # the latter by several seeds, a run a seed, and its mean over them
 python -m cdpo_utils.report a.json b.json ...   # a pretrained model's estimates by `cdpo_utils.train`, a seed a file
 """
 
@@ -33,6 +34,7 @@ COLUMNS = (
     ("violation", lambda row: estimate(row, "violation", sign="+")),
     ("kl_ref", lambda row: estimate(row, "kl_ref")),
     ("gap %", lambda row: number(row["gap"], 2)),
+    ("mass", lambda row: number(row["mass"], 3)),
     ("seconds", lambda row: number(row["seconds"], 1)),
 )
 EQUAL = (  # the same of a row of the comparison on equal terms
@@ -44,6 +46,7 @@ EQUAL = (  # the same of a row of the comparison on equal terms
     ("violation", lambda row: number(row["violation"], 3, "+")),
     ("gap %", lambda row: number(row["gap"], 2)),
     ("gap %, test", lambda row: number(row["gap_test"], 2)),
+    ("mass", lambda row: number(row["mass"], 3)),
     ("labels", lambda row: str(row["labels"])),
     ("answers", lambda row: str(row["answers"])),
     ("seconds", lambda row: number(row["seconds"], 1)),
@@ -130,10 +133,8 @@ def minutes(seconds):
     return f"{seconds} s" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s"
 
 
-def times(folder):
-    """What the notebooks of a run took, a Markdown table. Raises OSError or ValueError for what is no finished run."""
-    seconds = json.loads((folder / "done.json").read_text(encoding="utf-8"))
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+def times(seconds, summary):
+    """What the notebooks of a run took, {notebook: seconds}, on the machine of its summary: a Markdown table."""
     lines = [f"| `{stem}` | {minutes(taken)} |" for stem, taken in seconds.items()]
     total = f"| all | {minutes(sum(seconds.values()))} |"
     cores, processor = summary["versions"]["cores"], summary["versions"].get("cpu")  # older summaries have no name
@@ -141,19 +142,59 @@ def times(folder):
     return "\n".join([f"| notebook | {machine} |", "|---|---|", *lines, total])
 
 
-def estimates(summary):
-    """What the policies of a pretrained model reach, a Markdown table of `mean [low, high]`, a line a method.
+def reached(summary):
+    """What the policies of a pretrained model reach: {method: (notebook, lam, {estimate: its line of intervals})}.
 
-    A method that several notebooks judge is shown as the first of them has it."""
+    A method that several notebooks judge is taken as the first of them has it."""
     lams, found = {(row["notebook"], row["method"]): row["lam"] for row in summary["methods"]}, {}
     for line in summary["intervals"]:
-        of_notebook = found.setdefault(line["method"], (line["notebook"], {}))
-        if of_notebook[0] == line["notebook"]:
-            of_notebook[1][line["estimate"]] = line
-    lines = [["method", "notebook", "λ", *REACHED], ["---"] * (3 + len(REACHED))]
-    for method, (notebook, known) in found.items():
-        lam = number(lams.get((notebook, method)), 3)
-        lines.append([method, notebook.split("_")[0], lam, *(interval(known[name]) for name in REACHED)])
+        notebook, method = line["notebook"], line["method"]
+        first, _, known = found.setdefault(method, (notebook, lams.get((notebook, method)), {}))
+        if first == notebook:
+            known[line["estimate"]] = line
+    return found
+
+
+def estimates(summary):
+    """What `reached` says, a Markdown table of `mean [low, high]`, a line a method."""
+    lines = [["method", "notebook", "λ", *REACHED]]
+    for method, (notebook, lam, known) in reached(summary).items():
+        lines.append([method, notebook.split("_")[0], number(lam, 3), *(interval(known[name]) for name in REACHED)])
+    return markdown(lines)
+
+
+def estimates_over_seeds(summaries):
+    """`reached` by several seeds, a summary a seed: a Markdown table with a line a method and seed, and one of the
+    means over seeds with Student's t interval. Raises ValueError where two have one seed, or more than that differs."""
+    from cdpo_utils.sweep import half_width  # it needs the runner, which needs this module
+
+    found, others = {}, []
+    for summary in summaries:
+        (seed,) = {given["seed"] for given in summary["parameters"].values()}
+        if seed in found:
+            raise ValueError(f"two runs have seed {seed}; expected a run a seed")
+        found[seed] = reached(summary)
+        seedless = {"seed", "content"}  # what is held out, a part of `content`, is the seed's choice, too
+        others.append({n: {k: given[k] for k in given.keys() - seedless} for n, given in summary["parameters"].items()})
+    found = dict(sorted(found.items()))
+    if others != others[:1] * len(others) or len(methods := {tuple(one) for one in found.values()}) > 1:
+        raise ValueError("the runs differ by more than their seed in notebooks, parameters or methods")
+    by_seed, over = [["method", "seed", "λ", *REACHED]], [["method", "λ", *REACHED]]
+    for method in methods.pop():
+        for seed, one in found.items():
+            _, lam, known = one[method]
+            by_seed.append([method, str(seed), number(lam, 3), *(interval(known[name]) for name in REACHED)])
+        means = pd.DataFrame(
+            {"λ": one[method][1]} | {name: one[method][2][name]["mean"] for name in REACHED} for one in found.values()
+        ).astype(float)
+        means = [(means[name].mean(), half_width(means[name])) for name in means]
+        over.append([method, *("-" if math.isnan(mean) else f"{mean:.3f} ± {half:.3f}" for mean, half in means)])
+    return f"{markdown(by_seed)}\n\n{markdown(over)}"
+
+
+def markdown(lines):
+    """A Markdown table of lists of texts, the first of which are the headings."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -178,7 +219,7 @@ def over_seeds(results):
     if not all(result.get("intervals") for result in results):
         raise ValueError("no intervals; expected results about a pretrained model")
     seeds = [str(result["config"]["seed"]) for result in results]
-    lines = [["estimate", *(f"seed {seed}" for seed in seeds), "mean ± 95 %"], ["---"] * (len(seeds) + 2)]
+    lines = [["estimate", *(f"seed {seed}" for seed in seeds), "mean ± 95 %"]]
     found = [{i["estimate"]: i for i in result["intervals"] if i["method"] == method} for result in results]
     lams = [[row["lam"] for row in result["methods"] if row["method"] == method] for result in results]
     if all(lam is not None for (lam,) in lams):
@@ -187,7 +228,7 @@ def over_seeds(results):
         means = pd.Series([one[name]["mean"] for one in found])
         texts = [interval(one[name]) if "low" in one[name] else number(one[name]["mean"], 3) for one in found]
         lines.append([name, *texts, f"{number(means.mean(), 3)} ± {number(half_width(means), 3)}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def title(path):
@@ -248,12 +289,18 @@ and refusal are the mean length of sampled answers and the share of them that op
 
 
 def main(paths):
-    """The command line: tables of a run, or over seeds, as text. Raises ValueError for what is neither."""
-    if len(paths) == 1 and paths[0].is_dir():
-        summary = json.loads((paths[0] / "summary.json").read_text(encoding="utf-8"))
-        sampled = summary.get("intervals")  # older summaries have none
-        return "\n\n".join([times(paths[0]), *([estimates(summary)] if sampled else [])])
-    return over_seeds([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+    """The command line: tables of a run, or over seeds, as text. Raises OSError or ValueError for what is neither."""
+
+    def read(path):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    if not paths or not all(path.is_dir() for path in paths):
+        return over_seeds([read(path) for path in paths])
+    summary, *others = summaries = [read(path / "summary.json") for path in paths]
+    if others:
+        return estimates_over_seeds(summaries)
+    taken = times(read(paths[0] / "done.json"), summary)
+    return f"{taken}\n\n{estimates(summary)}" if summary.get("intervals") else taken  # older summaries have none
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from cdpo_utils import report
 
 ROW = {
     "notebook": "06_two_stage_primal_dual", "method": "pd_dpo", "feedback": "learned", "split": "test", "lam": 0.5,
-    "reward": 1.25, "cost": -0.5, "violation": -0.5, "kl_ref": 0.25, "gap": None, "seconds": 12.0,
+    "reward": 1.25, "cost": -0.5, "violation": -0.5, "kl_ref": 0.25, "gap": None, "mass": None, "seconds": 12.0,
 }  # fmt: skip
 INTERVAL = {"notebook": ROW["notebook"], "method": "pd_dpo", "estimate": "violation", "mean": -0.5, "low": -0.75,
             "high": 0.125}  # fmt: skip
@@ -21,7 +21,7 @@ def test_an_interval_stands_beside_its_estimate_and_only_there():
     (row,) = report.with_intervals([ROW], [INTERVAL, INTERVAL | {"notebook": "04_c_dpo", "low": 5.0}])
     heading, line = report.text_table([row]).splitlines()
     assert "-0.500 [-0.750, +0.125]" in line and line.count("[") == 1
-    assert line.endswith("-     12.0"), "no gap where there is no truth"
+    assert line.endswith("-     -     12.0"), "no gap and no mass where there is no truth"
     (other,) = report.with_intervals([ROW | {"method": "reference"}], [INTERVAL])
     assert "[" not in report.text_table([other])
 
@@ -62,10 +62,8 @@ def test_several_constraints_are_listed():
     assert report.number([1.0, -0.5], 2, "+") == "+1.00, -0.50"
 
 
-def test_times_are_a_table(tmp_path):
-    (tmp_path / "done.json").write_text('{"00_a": 14.2, "01_b": 60}')
-    (tmp_path / "summary.json").write_text('{"versions": {"cores": 2, "cpu": "X"}}')
-    lines = report.times(tmp_path).splitlines()
+def test_times_are_a_table():
+    lines = report.times({"00_a": 14.2, "01_b": 60}, {"versions": {"cores": 2, "cpu": "X"}}).splitlines()
     assert lines == ["| notebook | 2 cores, X |", "|---|---|", "| `00_a` | 15 s |", "| `01_b` | 1 min 00 s |",
                      "| all | 1 min 15 s |"]  # fmt: skip
 
@@ -91,6 +89,39 @@ def test_what_policies_reach_is_a_table_beside_the_times(tmp_path):
     assert shown[5] == "| method | notebook | λ | reward gain | cost change | violation | kl_ref | tokens | refusal |"
     assert shown[7] == "| reference | 02 | - " + "| 0.000 [-0.500, 0.500] " * 6 + "|", "as the first that judged it"
     assert shown[8] == "| c_dpo | 04 | 0.250 " + "| 1.000 [0.500, 1.500] " * 6 + "|" and len(shown) == 9
+
+
+def summary_of(folder, seed, gain, lam=0.5, **parameters):
+    lines = [dict(method=method, notebook="04_b", estimate=name, mean=mean, low=mean - 0.5, high=mean + 0.5)
+             for method, mean in (("reference", 0.0), ("c_dpo", gain)) for name in report.REACHED]  # fmt: skip
+    rows = [dict(method="reference", notebook="04_b", lam=None), dict(method="c_dpo", notebook="04_b", lam=lam)]
+    given = {"04_b": {"seed": seed, "content": f"of {seed}", "beta": 0.1} | parameters}
+    folder.mkdir()
+    (folder / "summary.json").write_text(json.dumps({"parameters": given, "intervals": lines, "methods": rows}))
+    return folder
+
+
+def test_runs_by_several_seeds_are_two_tables(tmp_path):
+    runs = [summary_of(tmp_path / f"{seed}", seed, gain) for seed, gain in ((2, 3.0), (0, 1.0), (1, 2.0))]
+    by_seed, over = report.main(runs).split("\n\n")
+    shown = by_seed.splitlines()
+    assert shown[0] == "| method | seed | λ | reward gain | cost change | violation | kl_ref | tokens | refusal |"
+    assert shown[4] == "| reference | 2 | - " + "| 0.000 [-0.500, 0.500] " * 6 + "|"
+    assert shown[5] == "| c_dpo | 0 | 0.500 " + "| 1.000 [0.500, 1.500] " * 6 + "|" and len(shown) == 8
+    assert over.splitlines() == [
+        "| method | λ | reward gain | cost change | violation | kl_ref | tokens | refusal |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| reference | - " + "| 0.000 ± 0.000 " * 6 + "|",
+        "| c_dpo | 0.500 ± 0.000 " + "| 2.000 ± 2.484 " * 6 + "|",  # 4.303 / sqrt(3), as below
+    ]
+
+
+def test_runs_that_are_no_series_of_seeds_are_refused(tmp_path):
+    first = summary_of(tmp_path / "0", 0, 1.0)
+    with pytest.raises(ValueError, match="two runs have seed 0; expected a run a seed"):
+        report.main([first, summary_of(tmp_path / "again", 0, 1.0)])
+    with pytest.raises(ValueError, match="differ by more than their seed"):
+        report.main([first, summary_of(tmp_path / "other", 1, 1.0, beta=0.2)])
 
 
 def test_estimates_over_seeds_are_a_table(tmp_path):
