@@ -212,14 +212,14 @@ def optimality(table):
     """Theorems 3 and 4 in numbers: how far the one-shot policy (at lam*) and the multi-shot one (at lam*_p) of each row
     of `by_size` are from the optimum, and what `bounds` allows; absolute, but for "multi L - J" = -lam (C - d).
 
-    Where that is positive the model keeps the budget: J <= P*_p, and Theorem 1's gap D*_p - P*_p is at most L - J and
+    Where that is positive the model keeps the budget: J <= P*_p, and Theorem 1's gap D*_p - P*_p is at most L - J plus
     what the ascent has left to gain.
     """
     shown = table[["class", "size", "seed", "nu"]].copy()
     shown["|lam_p - lam*|"] = (table.multi_lam - table.lam_star).abs()
     for shot in ("one", "multi"):
         for key in ("objective", "reward"):
-            shown[f"{shot} {key}"] = (table[f"{shot}_{key}"] - table[f"{key}_star"]).abs()
-        shown[f"{shot} violation"] = table[f"{shot}_violation"].abs()
+            shown[f"{shot} |{key} - best|"] = (table[f"{shot}_{key}"] - table[f"{key}_star"]).abs()
+        shown[f"{shot} |violation|"] = table[f"{shot}_violation"].abs()
     shown["multi L - J"] = table.multi_lagrangian - table.multi_objective
     return shown.join(table[["lam_bound", "objective_bound", "violation_bound"]])

@@ -33,7 +33,7 @@ METHOD_FIELDS = (
     "violation",  # E[c] - d, negative when the constraint is slack
     "kl_ref",  # KL(pi || pi_ref), nats per prompt
     "gap",  # KL(pi || pi*) / KL(pi_ref || pi*) in percent: 0 the constrained optimum, 100 the reference
-    "mass",  # probability outside the enumerable answers
+    "mass",  # probability of the enumerable answers
     "split",  # train or test prompts
     "seconds",
     "peak_mib",

@@ -134,7 +134,7 @@ def inexact_descent(truth, steps, rate, dual_lr, rounds, lam=0.0, warm=True, sam
     `dual_lr` is in units of `newton_step`. `warm`: a round goes on from the last policy, else from the reference.
     With samples > 0 the dual step sees the mean cost of so many answers to each prompt, else the exact cost. Columns:
     updates (mirror steps so far), lam, violation and gap (percent) of the round's policy, slope (the violation that the
-    dual step has seen), dual (D(lam) - D(lam*)). One step a round is the simultaneous primal-dual update.
+    dual step has seen), dual (D(lam) - D(lam*)). One step a round is the alternating primal-dual update.
     """
     rng = np.random.default_rng([seed, 12])
     logps, eta, rows = truth.ref_logps, dual_lr * newton_step(truth), []
@@ -155,15 +155,16 @@ def inexact_descent(truth, steps, rate, dual_lr, rounds, lam=0.0, warm=True, sam
 
 
 def oscillation(truth, updates=300, rate=0.1, inner=50):
-    """Lambda over primal updates of dual descent (`inner` updates a round, Newton's step) and of simultaneous updates
-    (one a round) with three dual steps: columns path, updates, lam, violation, gap.
+    """Lambda over primal updates of dual descent (`inner` updates a round, Newton's step) and of alternating updates
+    with three dual steps (one update a round, whose dual step sees the new policy): columns path, updates, lam,
+    violation, gap.
 
-    Linearised at the optimum, a simultaneous update multiplies the error by a matrix of determinant 1 - rate: its
-    modulus shrinks by sqrt(1 - rate) an update, and it turns where (rate + rate eta)^2 < 4 rate eta, eta in Newton's.
+    Linearised at the optimum, an alternating update multiplies the error by a matrix of determinant 1 - rate. Where
+    (rate + rate eta)^2 < 4 rate eta, eta in Newton's steps, it turns, and shrinks by sqrt(1 - rate) an update.
     """
     paths = {f"dual descent, {inner} updates a round": inexact_descent(truth, inner, rate, 1.0, updates // inner)}
     for dual_lr in (0.02, 0.3, 3.0):
-        paths[f"simultaneous, step {dual_lr:g}"] = inexact_descent(truth, 1, rate, dual_lr, updates)
+        paths[f"alternating, step {dual_lr:g}"] = inexact_descent(truth, 1, rate, dual_lr, updates)
     return pd.concat([frame.assign(path=name) for name, frame in paths.items()], ignore_index=True)
 
 
