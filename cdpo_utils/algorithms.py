@@ -307,7 +307,10 @@ def starting_lam(scores, beta, budget):
 
 def sampled_pairs(lab, samples, feedback, seed, pairings=4):
     """Pair each prompt's reference samples at random, every sample in `pairings` pairs: tokenised pairs with reference
-    log-probabilities, and the differences chosen - rejected of reward (n,) and costs (n, m)."""
+    log-probabilities, and the differences chosen - rejected of reward (n,) and costs (n, m).
+
+    An answer that was drawn longer than `lab.max_length` leaves room for is scored whole and trained on as far as it
+    fits, under the policy and under the reference alike."""
     rng = np.random.default_rng([seed, 5])
     rewards, costs = feedback.on(samples)
     prompts, n = rewards.shape
@@ -318,11 +321,16 @@ def sampled_pairs(lab, samples, feedback, seed, pairings=4):
     rows = np.repeat(np.arange(prompts), order.shape[1] // 2)
     judged = ~np.isnan(rewards[rows, a] + rewards[rows, b])
     rows, a, b = rows[judged], a[judged], b[judged]
+
+    def fitting(i):
+        room = lab.max_length and lab.max_length - len(samples.prompt_ids[i])
+        return [ids[:room] for ids in samples.ids[i]]
+
     pairs = Dataset.from_dict(
         {
             "prompt_ids": [samples.prompt_ids[i] for i in rows],
-            "chosen_ids": [samples.ids[i][j] for i, j in zip(rows, a, strict=True)],
-            "rejected_ids": [samples.ids[i][j] for i, j in zip(rows, b, strict=True)],
+            "chosen_ids": [fitting(i)[j] for i, j in zip(rows, a, strict=True)],
+            "rejected_ids": [fitting(i)[j] for i, j in zip(rows, b, strict=True)],
         }
     )
     return with_logps(lab, pairs), (rewards[rows, a] - rewards[rows, b], costs[rows, a] - costs[rows, b])

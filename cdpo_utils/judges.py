@@ -8,6 +8,7 @@ does, 0.5 where it cannot say. `scores_judge` makes one of learned scores, `loca
 import http.client
 import json
 import os
+import re
 import time
 import urllib.request
 
@@ -63,7 +64,7 @@ def http_judge(url, model, question, key_variable="OPENAI_API_KEY", timeout=60, 
     """A judge behind an OpenAI-compatible server: POST `url`/chat/completions, temperature 0, one reply a pair.
 
     A key is read from the environment variable `key_variable`, where there is one, and kept nowhere. A reply that
-    begins with neither letter counts as a tie. A failed request is sent again after `pause` seconds, then after
+    is neither letter counts as a tie. A failed request is sent again after `pause` seconds, then after
     twice as many. Raises ConnectionError, in one line, after `tries` failures of a pair, and ValueError for a URL that
     is not http or https, or carries a password.
     """
@@ -94,7 +95,9 @@ def http_judge(url, model, question, key_variable="OPENAI_API_KEY", timeout=60, 
 
 
 def _letter(reply):
-    return {"A": 1.0, "B": 0.0}.get(str(reply or "").strip()[:1].upper(), 0.5)
+    text = reply if isinstance(reply, str) else ""
+    said = re.match(r"\W*([AB])\b(?! \w)", text, re.I)  # not the A of "Answer B" or of "A good one"
+    return {"A": 1.0, "B": 0.0}[said[1].upper()] if said else 0.5
 
 
 def win_rate(judge, prompts, ours, theirs, seed=0):

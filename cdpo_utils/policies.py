@@ -90,24 +90,27 @@ def sample(model, tokenizer, prompt_ids, n, seed, max_new_tokens, temperature=1.
     model.eval()
     torch.manual_seed(seed)
     order = np.argsort([len(p) for p in prompt_ids], kind="stable")
-    texts, ids = [None] * len(prompt_ids), [None] * len(prompt_ids)
-    per_batch = max(1, batch_rows // n)
+    texts, ids = [[] for _ in prompt_ids], [[] for _ in prompt_ids]
+    per_batch, at_once = max(1, batch_rows // n), min(n, batch_rows)
     plainly = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, repetition_penalty=1.0)
     if model.config.vocab_size >= LARGE:
         plainly = dict(do_sample=False, repetition_penalty=1.0, logits_processor=[InverseTransform(temperature)])
     for start in range(0, len(order), per_batch):
         rows = order[start : start + per_batch]
         prompts, mask = (t.to(model.device) for t in pad([prompt_ids[i] for i in rows], tokenizer.pad_token_id))
-        out = model.generate(
-            prompts.repeat_interleave(n, 0), attention_mask=mask.repeat_interleave(n, 0),
-            past_key_values=_read(model, prompts[:, :-1], mask[:, :-1], n, max_new_tokens),
-            max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-            use_cache=True, **plainly,  # trainers switch the cache off in the model's config
-        )[:, prompts.shape[1] :]  # fmt: skip
-        answers = [_until(row, tokenizer.eos_token_id) for row in out.tolist()]
-        decoded = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-        for k, i in enumerate(rows):
-            ids[i], texts[i] = answers[k * n : (k + 1) * n], decoded[k * n : (k + 1) * n]
+        for k in range(0, n, at_once):  # more than one part only where `n` alone is more than `batch_rows`
+            m = min(at_once, n - k)
+            out = model.generate(
+                prompts.repeat_interleave(m, 0), attention_mask=mask.repeat_interleave(m, 0),
+                past_key_values=_read(model, prompts[:, :-1], mask[:, :-1], m, max_new_tokens),
+                max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                use_cache=True, **plainly,  # trainers switch the cache off in the model's config
+            )[:, prompts.shape[1] :]  # fmt: skip
+            answers = [_until(row, tokenizer.eos_token_id) for row in out.tolist()]
+            decoded = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+            for j, i in enumerate(rows):
+                ids[i] += answers[j * m : (j + 1) * m]
+                texts[i] += decoded[j * m : (j + 1) * m]
     model.train(was_training)
     return texts, ids
 

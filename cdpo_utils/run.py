@@ -36,9 +36,13 @@ from cdpo_utils import data, files, guard, progress, record, report
 
 KINDS = {"bool": bool, "int": int, "float": float, "str": str}
 # Least values of numbers that notebooks and configurations share; 0 in `batch_size` and `lr` is the setting's own.
-LEAST = dict.fromkeys(("seed", "batch_size", "lr", "lam_init"), 0) | dict.fromkeys(
-    ("n_pairs", "steps", "max_rounds", "samples", "reference_samples", "n_prompts", "max_new_tokens", "max_length"), 1
+# A round takes half of `steps`, and it takes two of the others to see a variance.
+LEAST = (
+    dict.fromkeys(("seed", "batch_size", "lr", "lam_init"), 0)
+    | dict.fromkeys(("n_pairs", "max_rounds", "max_new_tokens", "max_length"), 1)
+    | dict.fromkeys(("steps", "samples", "reference_samples", "n_prompts"), 2)
 )
+RULE = ("pattern", "words", "classifier", "label")  # of `own.cost_of`
 LONGEST_FOLDER = 75  # of sockets: their whole names may have 104 characters, of which some 20 are the kernel's
 LARGEST_SEED = 2**31 - 1  # what is drawn has seeds that are counted on from it
 # what reading a file of JSON raises that is not what was written there
@@ -100,10 +104,16 @@ def begin(args, notebooks):
 
 
 def require_ready(parameters):
-    """NotUnderstood where a pretrained model, its files or its scorers are not what a notebook needs."""
+    """NotUnderstood where a rule of one's own, a pretrained model, its files, scorers or judge are not what a notebook
+    needs."""
     values = {name: value for given in parameters.values() for name, value in given.items()}
+    for path, given in parameters.items():
+        if given.keys() & set(RULE):
+            require_rule(path, given)
     if not values.get("model"):
         return
+    if values.get("judge", "").startswith("http") and not values.get("judge_name"):
+        raise NotUnderstood("judge at a URL without judge_name; expected the name of a model there")
     from cdpo_utils import real  # torch and transformers take seconds: not for the bench
 
     asked = {name: values[name] for name in inspect.signature(real.ready).parameters.keys() & values.keys()}
@@ -111,6 +121,17 @@ def require_ready(parameters):
     try:
         print(real.ready(**asked, tokens=tokens)[-1], flush=True)
     except data.DataError as error:
+        raise NotUnderstood(str(error)) from None
+
+
+def require_rule(path, given):
+    """NotUnderstood for parameters of notebook 08 that no cost can be made of."""
+    from cdpo_utils import own
+
+    known = papermill.inspect_notebook(path)
+    try:
+        own.cost_of(**{name: given.get(name, ast.literal_eval(known[name]["default"])) for name in RULE})
+    except ValueError as error:
         raise NotUnderstood(str(error)) from None
 
 
@@ -202,9 +223,16 @@ def read_yaml(file):
 
 
 def absolute(values):
-    """Files are named as seen from where the command was typed; the kernels run elsewhere. Names at the hub stay."""
-    here = {name: v for name, v in values.items() if str(name).endswith("_file") and isinstance(v, str) and v}
-    here = {name: v for name, v in here.items() if not data.is_hub_name(v)}
+    """Files and folders of models are named as seen from where the command was typed; the kernels run elsewhere. Names
+    at the hub, and the short ones of `real.HUB`, stay."""
+    texts = {name: v for name, v in values.items() if isinstance(v, str) and v}
+    here = {name: v for name, v in texts.items() if str(name).endswith("_file") and not data.is_hub_name(v)}
+    for name in ("model", "judge", "published_reward", "published_cost", "classifier"):
+        if (value := texts.get(name)) and Path(value).expanduser().is_dir():
+            from cdpo_utils import real  # torch and transformers take seconds
+
+            if value not in (*real.HUB, "base"):
+                here[name] = value
     return values | {name: str(Path(value).expanduser().absolute()) for name, value in here.items()}
 
 

@@ -111,11 +111,12 @@ def check(config):
         raise run.NotUnderstood(f"method {config.method}; expected one of {', '.join(suite.NOTEBOOKS)}")
     if config.vllm and ranks.world() > 1:
         raise run.NotUnderstood(f"vllm: true with {ranks.world()} processes; expected one")
-    for name in ("n_prompts", "samples", "reference_samples"):
-        if getattr(config, name) < 2:
-            raise run.NotUnderstood(f"{name} {getattr(config, name)}; expected at least 2")
-    if (size := optimiser(config)["batch_size"]) % ranks.world():
-        raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {size}")
+    from cdpo_utils import real
+
+    sizes = {optimiser(config)["batch_size"], *(() if config.published_reward else (real.SCORER["batch_size"],))}
+    for size in sorted(sizes):
+        if size % ranks.world():
+            raise run.NotUnderstood(f"{ranks.world()} processes cannot divide a batch of {size}")
 
 
 def optimiser(config):
@@ -163,8 +164,8 @@ def train_pretrained(config):
         print(made.account, flush=True)
     made.lab.shards = min(config.shards, len(made.lab.prompts))
     made.lab.checkpoints = None if ranks.sharded() else kept(config)
-    feedback = made.learned_feedback(*made.scorers())
     try:
+        feedback = made.learned_feedback(*made.scorers())
         budget = labs.budget_as_cost(made, config.budget, config.budget_from)
     except data.DataError as error:
         raise run.NotUnderstood(str(error)) from None

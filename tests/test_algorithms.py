@@ -190,6 +190,23 @@ def test_sampled_pairs_take_every_sample_equally_often_and_never_twice_in_a_pair
     assert cost.shape == (len(reward), 2) and np.allclose(cost, costs[tuple(a.T)] - costs[tuple(b.T)])
 
 
+def test_an_answer_too_long_to_train_on_is_cut_for_policy_and_reference_alike(lab, oracle):
+    """The trainer cuts at `max_length`: a reference that saw the whole answer would move the margin before any step."""
+    samples = lab.sample_reference(4, seed=0)
+    lab.max_length = max(map(len, samples.prompt_ids)) + 3
+    pairs, _ = algorithms.sampled_pairs(lab, samples, oracle, seed=0)
+    sides = [pairs[f"{side}_ids"][:] for side in ("chosen", "rejected")]
+    assert {len(ids) for side in sides for ids in side} == {3}, "these answers are longer"
+    trainer = algorithms._trainer(lab, lab.new_policy(), algorithms.set_column(pairs, "pref_prob", np.ones(len(pairs))),
+                                  1.0, QUICK)  # fmt: skip
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+    trained_on = batch["completion_mask"].sum(1).tolist()
+    assert trained_on == [3] * 16
+    for side, ids in zip(("chosen", "rejected"), sides, strict=True):
+        again = lab.logps(lab.model, pairs["prompt_ids"][:], ids, {})
+        assert np.allclose(pairs[f"ref_{side}_logps"], again)
+
+
 def test_dual_descent_starts_at_one_where_no_stored_answer_will_do():
     rewards, costs = np.zeros((2, 3)), np.array([[1.0, 2.0, 3.0], [1.0, 1.5, 2.0]])[..., None]
     assert algorithms.starting_lam((rewards, costs), 1.0, 0.9) == [1.0]

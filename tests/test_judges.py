@@ -70,6 +70,15 @@ def server():
     httpd.server_close()
 
 
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [("A", 1), ("b", 0), ("**B**", 0), (" (A) ", 1), ("B.", 0), ("Answer B", 0.5), ("Both", 0.5), ("As an", 0.5),
+     ("A good", 0.5), ("", 0.5), (None, 0.5)],
+)  # fmt: skip
+def test_a_reply_is_a_letter_or_a_tie(reply, verdict):
+    assert judges._letter(reply) == verdict
+
+
 def test_a_server_judges_without_a_key_and_with_one(server, monkeypatch):
     url, seen = server
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)

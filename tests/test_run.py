@@ -35,7 +35,7 @@ row = dict.fromkeys(METHOD_FIELDS) | dict(method="reference", notebook="01_first
 row |= dict(feedback="oracle", split="test", lam=[0.0, 1.5], cost=[0.25, 0.5], gap=100.0, reward=1.0)
 parameters = dict(seed=seed, lr=lr, fast=fast, budgets=budgets, data_file=data_file)
 equal = dict(method="sacpo", knob="lam 0.6", gap=1.5, gap_test=2.5, path=[[0.5, 1.0, 0.0]], labels=7, answers=0)
-equal |= dict.fromkeys(("lam", "reward", "cost", "violation", "seconds"), 0.25)
+equal |= dict.fromkeys(("mass", "lam", "reward", "cost", "violation", "seconds"), 0.25)
 tokens = dict(method="reference", estimate="tokens", mean=12.0, low=11.0, high=13.0)
 save_record("01_first", parameters, [row], {"equal": [equal], "intervals": [tokens]})
 """
@@ -223,7 +223,11 @@ def test_coerce_refuses(value, default, annotation):
     [
         ("seed", -1, "-1; expected at least 0"),
         ("seed", 2**31, "2147483648; expected at most 2147483647"),
-        ("steps", 0, "0; expected at least 1"),
+        ("steps", 1, "1; expected at least 2"),
+        ("samples", 1, "1; expected at least 2"),
+        ("max_rounds", 0, "0; expected at least 1"),
+        ("pattern", "(", "expected a regular expression"),
+        ("words", "acid", "expected one of pattern, words and classifier"),  # the notebook has a pattern of its own
         ("beta", 0.0, "0.0; expected more than 0"),
         ("lam_init", -0.5, "-0.5; expected at least 0"),
         ("share_allowed", 0.0, "0.0; expected more than 0"),
@@ -232,7 +236,7 @@ def test_coerce_refuses(value, default, annotation):
 def test_a_number_out_of_range_is_one_line_before_anything_runs(tmp_path, capsys, name, value, message):
     assert run.main(["-p", name, str(value), "--out", str(tmp_path / "runs")]) == 2
     error = capsys.readouterr().err
-    assert f"parameter {name} of " in error and message in error and error.count("\n") == 1
+    assert (f"parameter {name} of " in error or name in run.RULE) and message in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 

@@ -95,7 +95,7 @@ def test_the_level_term_spans_all_ranks(tmp_path):
         ("method: ppo", "method ppo with feedback oracle; there are c_dpo with learned, "),
         ("model: nowhere/at-all", "feedback oracle: the truth about nowhere/at-all is unknown; say learned"),
         ("model: x\nfeedback: learned\nmethod: ppo", "method ppo; expected one of dpo_helpful, "),
-        ("model: x\nfeedback: learned\nmethod: one_shot\nsamples: 1", "samples 1; expected at least 2"),
+        ("model: x\nfeedback: learned\nmethod: one_shot\nsamples: 1", "c.yaml: samples: 1; expected at least 2"),
         ("beta: -0.1", "c.yaml: beta: -0.1; expected more than 0"),
         ("max_rounds: 0", "c.yaml: max_rounds: 0; expected at least 1"),
         ("model: ./nowhere\nfeedback: learned", "a pretrained model needs data_file (both labels), or helpful_file"),
@@ -107,6 +107,18 @@ def test_a_bad_configuration_is_one_line(tmp_path, capsys, monkeypatch, text, me
     assert train.main(["--config", str(tmp_path / "c.yaml")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("own", "size"), [("", 8), ("published_reward: a\npublished_cost: b", None)])
+def test_processes_divide_the_batches_of_scorers_too(tmp_path, monkeypatch, own, size):
+    text = f"model: x\nfeedback: learned\nmethod: one_shot\nbatch_size: 16\nshards: 16\n{own}"
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(ranks, "world", lambda: 16)
+    config = train.read_config(tmp_path / "c.yaml")
+    if size is None:
+        return train.check(config)
+    with pytest.raises(run.NotUnderstood, match=f"16 processes cannot divide a batch of {size}"):
+        train.check(config)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +170,7 @@ def test_the_configuration_of_the_papers_is_the_parameter_file_of_the_notebooks(
     root = record.repo_root()
     ours = vars(train.read_config(root / "configs/paper.yaml"))
     named = run.read_yaml(root / "notebooks" / "params" / "paper.yaml")
+    assert named.pop("pattern"), "notebook 08's, of which there is no script twin"
     assert named == {name: ours[name] for name in named}
     assert ours["batch_size"] % 5 == 0, "the number of CAID's GPUs"
 
