@@ -4,7 +4,7 @@ Conventions: cost > 0 is unsafe, `violation = C(pi) - budget` may be negative, l
 constraints. Knows nothing of models: `descend` is handed two functions.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -65,11 +65,19 @@ def one_shot(rewards, costs, beta, budget):
 
     The samples of a prompt stand for pi_ref with weight 1/n each, so this is the exact dual of a world in which only
     they exist. `Optimum.feasible` is False where even the cheapest sample of every prompt costs more than the budget.
+    A sample that nobody could score (NaN) weighs nothing. A prompt without any other is left out; its row of
+    `Optimum.logps` has equal weights. Raises ValueError where that leaves no prompt.
     """
-    judged = ~(np.isnan(rewards) | np.isnan(costs).any(-1))  # a sample that nobody could score weighs nothing
-    weights = exact.normalise(np.where(judged, 0.0, -np.inf))
-    costs = np.where(judged[..., None], costs, np.nanmax(costs, (0, 1)))
-    return exact.solve(weights, np.where(judged, rewards, 0.0), costs, budget, beta)
+    judged = ~(np.isnan(rewards) | np.isnan(costs).any(-1))
+    told = judged.any(1)
+    if not told.any():
+        raise ValueError("one_shot: none of the samples has a reward and costs")
+    weights = exact.normalise(np.where(judged[told], 0.0, -np.inf))
+    costs = np.where(judged[..., None], costs, np.nanmax(costs, (0, 1)))[told]
+    solution = exact.solve(weights, np.where(judged, rewards, 0.0)[told], costs, budget, beta)
+    logps = np.full(judged.shape, -np.log(judged.shape[1]))
+    logps[told] = solution.logps
+    return replace(solution, logps=logps)
 
 
 def effective_sample_size(logps):

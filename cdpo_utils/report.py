@@ -207,15 +207,20 @@ def over_seeds(results):
     """One method's estimates by several seeds, a Markdown table of `mean [low, high]` with their mean over seeds.
 
     results: what `cdpo_utils.train` writes about a pretrained model, one dict a seed. The interval of a seed is over
-    prompts; the last column has Student's t interval over seeds, which has all else in it that a seed decides. Raises
-    ValueError where methods differ or there are no intervals.
+    prompts; the last column has Student's t interval over seeds, which has all else in it that a seed decides; an
+    estimate that some seed lacks, as of benign prompts, is left out. Raises ValueError where methods differ, two
+    results have one seed, or there are no intervals.
     """
     from cdpo_utils.sweep import half_width  # it needs the runner, which needs this module
 
     results = sorted(results, key=lambda result: result["config"]["seed"])
     if len(methods := {result["config"]["method"] for result in results}) > 1:
         raise ValueError(f"methods {', '.join(sorted(methods))}; expected one method by several seeds")
+    if not methods:
+        raise ValueError("nothing given")
     method = methods.pop()
+    if len({result["config"]["seed"] for result in results}) < len(results):
+        raise ValueError("two results have one seed; expected a result a seed")
     if not all(result.get("intervals") for result in results):
         raise ValueError("no intervals; expected results about a pretrained model")
     seeds = [str(result["config"]["seed"]) for result in results]
@@ -224,10 +229,11 @@ def over_seeds(results):
     lams = [[row["lam"] for row in result["methods"] if row["method"] == method] for result in results]
     if all(lam is not None for (lam,) in lams):
         found = [{"λ": {"mean": lam}} | one for (lam,), one in zip(lams, found, strict=True)]
-    for name in found[0]:
+    for name in (name for name in found[0] if all(name in one for one in found)):
         means = pd.Series([one[name]["mean"] for one in found])
         texts = [interval(one[name]) if "low" in one[name] else number(one[name]["mean"], 3) for one in found]
-        lines.append([name, *texts, f"{number(means.mean(), 3)} ± {number(half_width(means), 3)}"])
+        half = f" ± {number(half_width(means), 3)}" if len(means) > 1 else ""
+        lines.append([name, *texts, number(means.mean(), 3) + half])
     return markdown(lines)
 
 

@@ -43,11 +43,12 @@ def _records(settings, folder, more_steps):
     every other parameter. more_steps: {notebook: factor} where a notebook trains longer than `settings` say."""
     for path in sorted(Path(folder or record.records_dir()).glob("0[2-6]_*.json")):
         entry = json.loads(path.read_text(encoding="utf-8"))
+        if entry.get("source") != record.source_hash():  # other code may have had other parameters
+            continue
         given = entry["parameters"]
         asked = {**settings, "steps": settings["steps"] * more_steps.get(entry["notebook"], 1)}
         expected = _defaults(entry["notebook"]) | {"content": ""} | asked
-        same = all(given[name] == expected[name] for name in given if name not in JUDGE)
-        if entry.get("source") == record.source_hash() and same:
+        if all(given[name] == expected[name] for name in given if name not in JUDGE):
             yield entry
 
 

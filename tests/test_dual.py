@@ -111,6 +111,18 @@ def test_one_shot_leaves_out_what_nobody_could_judge():
     assert np.all(found.logps[:, 7:] == -np.inf)
 
 
+def test_one_shot_leaves_out_a_prompt_that_nobody_could_judge():
+    rng = np.random.default_rng(3)
+    rewards, costs = rng.normal(size=(4, 5)), rng.normal(size=(4, 5, 1))
+    rewards[2] = np.nan
+    found = dual.one_shot(rewards, costs, 1.0, -0.2)
+    known = dual.one_shot(np.delete(rewards, 2, 0), np.delete(costs, 2, 0), 1.0, -0.2)
+    assert found.lam == known.lam > 0 and np.allclose(np.delete(found.logps, 2, 0), known.logps)
+    assert np.allclose(np.exp(found.logps[2]), 0.2)
+    with pytest.raises(ValueError, match="none of the samples has a reward and costs"):
+        dual.one_shot(rewards[2:3], costs[2:3], 1.0, -0.2)
+
+
 def test_one_shot_says_when_the_samples_cannot_meet_the_budget():
     _, reward, costs = finite_world()
     least = costs[..., 0].min(1).mean()

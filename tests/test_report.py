@@ -138,8 +138,20 @@ def test_estimates_over_seeds_are_a_table(tmp_path):
     ]
 
 
+def test_an_estimate_that_a_seed_lacks_is_left_out_and_one_seed_has_no_spread():
+    more = trained(1, 2.0)
+    more["intervals"].append(more["intervals"][1] | {"estimate": "benign refusal"})
+    for results in ([trained(0, 1.0), more], [more, trained(2, 1.0)]):
+        assert "benign" not in report.over_seeds(results)
+    assert report.over_seeds([more]).splitlines()[-1].endswith("| 2.000 [1.750, 2.250] | 2.000 |")
+
+
 def test_what_is_no_series_of_seeds_is_refused():
     with pytest.raises(ValueError, match="methods c_dpo, one_shot; expected one method by several seeds"):
         report.over_seeds([trained(0, 1.0), trained(1, 1.0, "c_dpo")])
+    with pytest.raises(ValueError, match="two results have one seed"):
+        report.over_seeds([trained(0, 1.0), trained(0, 2.0)])
+    with pytest.raises(ValueError, match="nothing given"):
+        report.main([])
     with pytest.raises(ValueError, match="no intervals; expected results about a pretrained model"):
         report.over_seeds([trained(0, 1.0) | {"intervals": []}])
