@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cdpo_utils import algorithms, comparison, evaluate, exact, files, guard, labs, suite, workers
+from cdpo_utils import algorithms, comparison, evaluate, exact, files, guard, labs, ranges, suite, workers
 from cdpo_utils.algorithms import Schedule
 
 BUDGETS = (1.5, 0.75, 0.0, -0.75, -1.5)  # from nearly slack to tight, in logits
@@ -262,6 +262,9 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("build/claims"))
     parser.add_argument("--resume", action="store_true", help="go on with what a call that was killed has trained")
     given = parser.parse_args(argv)
+    if wrong := ranges.refused(vars(given)):
+        print(wrong, file=sys.stderr)
+        return 2
     rows = None
     if given.comparison:
         try:

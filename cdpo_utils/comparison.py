@@ -38,6 +38,7 @@ from cdpo_utils import (
     labs,
     plots,
     policies,
+    ranges,
     record,
     scoring,
     suite,
@@ -385,6 +386,9 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("build/comparison"), help="folder of the rows and figures")
     parser.add_argument("--resume", action="store_true", help="go on with what a call that was killed has trained")
     given = parser.parse_args(argv)
+    if wrong := ranges.refused(vars(given)):
+        print(wrong, file=sys.stderr)
+        return 2
     names = ("n_pairs", "n_objects", "n_tools", "beta", "budget")
     settings = {name: getattr(given, name) for name in names} | {"budget_from": "absolute"}
     started = time.time()

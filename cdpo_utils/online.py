@@ -49,6 +49,7 @@ from cdpo_utils import (
     plots,
     policies,
     progress,
+    ranges,
     record,
     scoring,
     trainers,
@@ -309,6 +310,9 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("build/online"), help="of the .json and the .csv")
     parser.add_argument("--resume", action="store_true", help="go on with what a call that was killed has trained")
     given = parser.parse_args(argv)
+    if wrong := ranges.refused(vars(given)):
+        print(wrong, file=sys.stderr)
+        return 2
     if given.pairs > given.samples:
         print(f"pairs {given.pairs}; expected at most samples, {given.samples}: pairs are of these", file=sys.stderr)
         return 2

@@ -32,19 +32,11 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from cdpo_utils import data, files, guard, progress, record, report
+from cdpo_utils import data, files, guard, progress, ranges, record, report
 
 KINDS = {"bool": bool, "int": int, "float": float, "str": str}
-# Least values of numbers that notebooks and configurations share; 0 in `batch_size` and `lr` is the setting's own.
-# A round takes half of `steps`, and it takes two of the others to see a variance.
-LEAST = (
-    dict.fromkeys(("seed", "batch_size", "lr", "lam_init"), 0)
-    | dict.fromkeys(("n_pairs", "max_rounds", "max_new_tokens", "max_length"), 1)
-    | dict.fromkeys(("steps", "samples", "reference_samples", "n_prompts"), 2)
-)
 RULE = ("pattern", "words", "classifier", "label")  # of `own.cost_of`
 LONGEST_FOLDER = 75  # of sockets: their whole names may have 104 characters, of which some 20 are the kernel's
-LARGEST_SEED = 2**31 - 1  # what is drawn has seeds that are counted on from it
 # what reading a file of JSON raises that is not what was written there
 UNREADABLE_JSON = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
@@ -257,18 +249,6 @@ def coerce(value, default, annotation):
     return value
 
 
-def require_range(name, value):
-    """ValueError where the number of a parameter `name` makes no sense, whatever the notebook."""
-    if not isinstance(value, int | float):  # nothing, or several
-        return
-    if name in LEAST and value < LEAST[name]:
-        raise ValueError(f"{value}; expected at least {LEAST[name]}")
-    if name in ("beta", "share_allowed") and value <= 0:
-        raise ValueError(f"{value}; expected more than 0")
-    if name == "seed" and value > LARGEST_SEED:
-        raise ValueError(f"{value}; expected at most {LARGEST_SEED}")
-
-
 def _coerce_number(value, kind):
     try:
         if isinstance(value, bool) or not isinstance(value, str | int | kind):
@@ -309,7 +289,7 @@ def plan(chosen, given):
                 try:
                     default = ast.literal_eval(spec["default"])
                     parameters[path][name] = coerce(value, default, spec["inferred_type_name"])
-                    require_range(name, parameters[path][name])
+                    ranges.require(name, parameters[path][name])
                 except ValueError as error:
                     raise NotUnderstood(f"parameter {name} of {path.stem}: {error}") from error
     return parameters

@@ -32,7 +32,7 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from transformers.integrations import get_available_reporting_integrations
 
-from cdpo_utils import files, guard, ranks, record, run
+from cdpo_utils import files, guard, ranges, ranks, record, run
 
 # Of accelerate's FSDP: fully_shard; every rank has read all weights; they stay on the GPU.
 FSDP = {"FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_OFFLOAD_PARAMS": "false"}
@@ -83,7 +83,7 @@ def read_config(file):
             raise run.NotUnderstood(f"{file}: unknown field {name}; expected {', '.join(fields)}")
         try:
             values[name] = run.coerce(value, fields[name].default, fields[name].type.__name__)
-            run.require_range(name, values[name])
+            ranges.require(name, values[name])
         except ValueError as error:
             raise run.NotUnderstood(f"{file}: {name}: {error}") from None
     return Config(**values)

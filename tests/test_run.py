@@ -13,7 +13,7 @@ import papermill
 import pytest
 from nbformat import v4
 
-from cdpo_utils import record, run
+from cdpo_utils import claims, comparison, online, ranges, record, run
 from cdpo_utils.record import METHOD_FIELDS
 
 PARAMETERS = """\
@@ -218,6 +218,28 @@ def test_coerce_refuses(value, default, annotation):
         run.coerce(value, default, annotation)
 
 
+@pytest.mark.parametrize("command", [claims, comparison, online], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("--seeds 0 -1", "--seeds -1; expected at least 0"),
+        ("--steps 0", "--steps 0; expected at least 2"),
+        ("--n-objects 11", "--n-objects 11; expected at most 10"),
+        ("--seeds 2147483648", "--seeds 2147483648; expected at most 2147483647"),
+    ],
+)
+def test_a_command_s_number_out_of_range_is_one_line(command, typed, message, tmp_path, capsys):
+    assert command.main([*typed.split(), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"{message}\n" and not (tmp_path / "out").exists()
+
+
+def test_numbers_are_finite_and_strengths_positive():
+    assert ranges.refused({"budgets": [0.0, float("nan")]}) == "--budgets nan; expected a finite number"
+    assert ranges.refused({"beta": float("inf"), "seeds": [0]}) == "--beta inf; expected a finite number"
+    assert ranges.refused({"coverage": 0.0}) == "--coverage 0.0; expected more than 0"
+    assert ranges.refused({"seeds": [0, 1], "budget": -1.0, "out": "x", "methods": ["a"], "resume": False}) is None
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -250,15 +272,15 @@ def test_kernels_take_no_port_where_there_are_sockets_of_files(monkeypatch):
 
 
 def test_what_is_no_number_has_no_range():
-    run.require_range("beta", None)
-    run.require_range("steps", [0, -1])
+    ranges.require("beta", None)
+    ranges.require("steps", [0, -1])
 
 
 def test_every_default_is_in_range():
     notebooks = run.select(record.repo_root() / "notebooks", [], "bench")
     for path, _ in notebooks:
         for name, spec in papermill.inspect_notebook(path).items():
-            run.require_range(name, ast.literal_eval(spec["default"]))
+            ranges.require(name, ast.literal_eval(spec["default"]))
 
 
 @pytest.mark.slow
