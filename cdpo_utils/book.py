@@ -169,6 +169,8 @@ def gather(run, folder, book, notebooks):
 
 def build(run, out, write_explorer=explorer.write):
     """Build the site into `out` and return the path of its first page. Raises NotReady, also for a link to nothing."""
+    if out.exists() and not (out / "searchindex.js").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise NotReady(f"{out}: holds something else than a book; expected a new or empty folder, or an earlier book")
     if importlib.util.find_spec("sphinx") is None:
         raise NotReady('Sphinx is not installed: pip install -c constraints.txt -e ".[book]"')
     with tempfile.TemporaryDirectory() as scratch:

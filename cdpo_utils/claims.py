@@ -265,12 +265,15 @@ def main(argv=None):
     if wrong := ranges.refused(vars(given)):
         print(wrong, file=sys.stderr)
         return 2
-    rows = None
+    lines = []
     if given.comparison:
+        file = given.comparison / "comparison.json"
         try:
-            rows = json.loads((given.comparison / "comparison.json").read_text(encoding="utf-8"))["rows"]
-        except OSError as error:
-            print(f"--comparison {given.comparison}: {error}; run python -m cdpo_utils.comparison", file=sys.stderr)
+            lines = of_comparison(json.loads(file.read_text(encoding="utf-8"))["rows"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {guard.one_line(error)}"
+            print(f"{file}: {reason}; expected what python -m cdpo_utils.comparison writes of all methods",
+                  file=sys.stderr)  # fmt: skip
             return 2
     try:
         files.writable(given.out)
@@ -281,12 +284,11 @@ def main(argv=None):
     settings = {"n_pairs": given.n_pairs, "n_objects": given.n_objects, "n_tools": given.n_tools}
     with workers.keeping(given.out / "trained", given.resume) as kept:
         measured = measure(given.seeds, settings | {"beta": 1.0, "steps": given.steps}, kept)
-    lines = of_comparison(rows) if rows else []
+        for name, frame in measured.items():
+            guard.write_csv(frame, given.out / f"{name}.csv")
     lines += of_budgets(measured["budgets"]) + of_pd_dpo(measured["pd_dpo"]) + of_tails(measured["tails"]) + NOT_HERE
     for line in lines:
         print("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |")
-    for name, frame in measured.items():
-        guard.write_csv(frame, given.out / f"{name}.csv")
     table = pd.DataFrame(lines, columns=["paper", "claim", "measured", "verdict"])
     guard.write_csv(table, given.out / "claims.csv")
     print(f"seeds {given.seeds}; {time.time() - started:.0f} s; {given.out}")

@@ -410,8 +410,8 @@ def main(argv=None):
                 print(f"seed {found['rows'][-1]['seed']}: done after {time.time() - started:.0f} s", flush=True)
             result = {"settings": settings, "knobs": KNOBS, "seconds": time.time() - started} | found
             files.write_whole(given.out / "comparison.json", json.dumps(result, indent=1) + "\n")
-    except ValueError as error:
-        print(error, file=sys.stderr)
+    except (ValueError, RuntimeError) as error:  # of a worker, too
+        print(guard.one_line(error), file=sys.stderr)
         return 2
     tuning, rows, papers, frontiers = (found[name] for name in ("tuning", "rows", "papers", "frontiers"))
     for n in sorted(given.steps, reverse=True):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cdpo_utils import labs
+from cdpo_utils import files, labs
 
 TEMPLATE = Path(__file__).with_name("explorer.html")
 
@@ -54,6 +54,7 @@ def main(argv=None):
         print(f"--out {args.out}: a folder; expected a file, such as {args.out / 'explorer.html'}", file=sys.stderr)
         return 2
     try:
+        files.writable(args.out.parent)
         print(write(args.out, args.seed))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)

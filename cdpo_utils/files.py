@@ -33,7 +33,10 @@ def named(error, path):
 
 def writable(folder):
     """Make `folder` where it is missing. Raises OSError, which names what cannot be written, before hours are spent."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise FileExistsError(errno.EEXIST, "is a file; expected a folder", str(folder)) from None
     tempfile.TemporaryFile(dir=folder).close()
 
 

@@ -34,7 +34,7 @@ def disk(error):
 
 
 def told(main):
-    """A command line whose OSErrors end it with one line and status 1 in the place of a traceback."""
+    """A command line whose OSErrors end it with one line and status 1 in the place of a traceback, Ctrl-C with 130."""
 
     @functools.wraps(main)
     def with_one_line(*args, **settings):
@@ -43,6 +43,9 @@ def told(main):
         except OSError as error:
             print(disk(error), file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("interrupted; a command with --resume goes on with what is kept", file=sys.stderr)
+            return 130
 
     return with_one_line
 

@@ -608,6 +608,15 @@ def load_model(model):
 def with_adapter(base, folder):
     """`base` with the adapter that a notebook or `cdpo_utils.train` has saved in `folder`; DataError in one line where
     there is none, or it was trained on another base. Safetensors only."""
+    require_adapter(base, folder)
+    try:
+        return PeftModel.from_pretrained(base, folder).eval()
+    except Exception as error:  # weights of other shapes, a damaged file, ...
+        raise DataError(f"adapter {folder}: {guard.one_line(error)}; expected one of {base.name_or_path}") from None
+
+
+def require_adapter(base, folder):
+    """DataError where `folder` holds no adapter, or one of another base."""
     try:
         told = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -616,10 +625,6 @@ def with_adapter(base, folder):
         raise DataError(f"adapter {folder}: of {guard.visible(str(told))}; expected one of {base.name_or_path}")
     if not (Path(folder) / "adapter_model.safetensors").is_file():
         raise DataError(f"adapter {folder}: no adapter_model.safetensors")
-    try:
-        return PeftModel.from_pretrained(base, folder).eval()
-    except Exception as error:  # weights of other shapes, a damaged file, ...
-        raise DataError(f"adapter {folder}: {guard.one_line(error)}; expected one of {base.name_or_path}") from None
 
 
 def load_tokenizer(model):

@@ -6,6 +6,7 @@ python -m cdpo_utils.report runs/a runs/b ...   # the latter by several seeds, a
 python -m cdpo_utils.report a.json b.json ...   # a pretrained model's estimates by `cdpo_utils.train`, a seed a file
 """
 
+import argparse
 import functools
 import html
 import json
@@ -20,7 +21,7 @@ from nbconvert import HTMLExporter
 
 from cdpo_utils import record
 from cdpo_utils.files import write_whole
-from cdpo_utils.guard import UNSEEN, visible
+from cdpo_utils.guard import UNSEEN, one_line, visible
 
 # heading, what it shows of a method row
 COLUMNS = (
@@ -310,8 +311,13 @@ def main(paths):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="python -m cdpo_utils.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="folders of runs, or files, as above")
+    paths = parser.parse_args().paths
     try:
-        print(main([Path(argument) for argument in sys.argv[1:]]))
-    except (OSError, ValueError, LookupError) as error:
+        print(main(paths))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         expected = "expected the folder of a run, or results of cdpo_utils.train about a pretrained model"
-        sys.exit(f"python -m cdpo_utils.report: {type(error).__name__}: {error}; {expected}")
+        sys.exit(f"{', '.join(map(str, paths))}: {type(error).__name__}: {one_line(error)}; {expected}")

@@ -51,7 +51,8 @@ class NotebookFailed(Exception):
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m cdpo_utils.run", description="Run the notebooks in order.")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="these notebooks only: 02,05 or 02 05")
+    parser.add_argument("--only", nargs="+", action="extend", default=[], metavar="NN",
+                        help="these notebooks only: 02,05 or 02 05")  # fmt: skip
     parser.add_argument("--setting", default="bench", help="bench (the notebooks' own defaults), or a setting of "
                         "notebooks/params/<setting>.yaml, such as smollm2")  # fmt: skip
     parser.add_argument("--params", metavar="FILE", type=Path, help="YAML of name: value, for every notebook with it")
@@ -71,7 +72,7 @@ def begin(args, notebooks):
     """
     code = code_digest(notebooks)
     if args.resume:
-        if args.only or args.pairs or args.params or args.seed is not None or args.setting != "bench":
+        if args.only or args.pairs or args.params or args.seed is not None or args.setting != "bench" or args.out:
             raise NotUnderstood("--resume goes on as the run was begun; expected no parameters beside it")
         folder = args.resume.absolute()
         try:
@@ -84,6 +85,11 @@ def begin(args, notebooks):
             raise NotUnderstood(f"--resume {args.resume}: begun with other code or notebooks; start a new run")
         return folder, parameters
     only = [item for group in args.only for item in group.split(",") if item]
+    if args.only and not only:
+        raise NotUnderstood(f"--only {' '.join(args.only)}: no notebook; expected some, such as 02,05")
+    typed = [name for name, _ in args.pairs] + ["seed"] * (args.seed is not None)
+    if twice := [name for name in dict.fromkeys(typed) if typed.count(name) > 1]:
+        raise NotUnderstood(f"parameter {twice[0]} is given twice; expected one value")
     chosen = select(notebooks, only, args.setting)
     given = read_yaml(args.params) if args.params else {}
     given |= {} if args.seed is None else {"seed": args.seed}
@@ -220,12 +226,12 @@ def absolute(values):
     texts = {name: v for name, v in values.items() if isinstance(v, str) and v}
     here = {name: v for name, v in texts.items() if str(name).endswith("_file") and not data.is_hub_name(v)}
     for name in ("model", "judge", "published_reward", "published_cost", "classifier"):
-        if (value := texts.get(name)) and Path(value).expanduser().is_dir():
+        if (value := texts.get(name)) and os.path.isdir(os.path.expanduser(value)):
             from cdpo_utils import real  # torch and transformers take seconds
 
             if value not in (*real.HUB, "base"):
                 here[name] = value
-    return values | {name: str(Path(value).expanduser().absolute()) for name, value in here.items()}
+    return values | {name: os.path.abspath(os.path.expanduser(value)) for name, value in here.items()}
 
 
 def coerce(value, default, annotation):
@@ -282,7 +288,7 @@ def plan(chosen, given):
         parameters[path] = {}
         for name, value in (own | given).items():
             if name in known[path]:
-                if guard.without_secrets(value) != value:
+                if isinstance(value, str | list) and guard.without_secrets(value) != value:
                     raise NotUnderstood(f"parameter {name}: holds a password or key, which would be kept in runs/; "
                                         "expected none (a judge's key comes from the environment)")  # fmt: skip
                 spec = known[path][name]

@@ -8,6 +8,7 @@ An exercise is three cells, tagged exercise, solution and check, below a text th
 
 import argparse
 import ast
+import errno
 import re
 import sys
 from pathlib import Path
@@ -74,15 +75,21 @@ def for_nbgrader(notebook):
 
 
 def write(folder, nbgrader=False):
-    """Write the copies of all notebooks below `folder`; returns their paths."""
-    paths = []
+    """Write the copies of all notebooks below `folder`; returns their paths. Raises FileExistsError, and writes none,
+    where a file is there with other content: a notebook of the series, or one that somebody has worked in."""
+    copies = {}
     for source in sorted((repo_root() / "notebooks").glob("[0-9]*.ipynb")):
         notebook = nbformat.read(source, 4)
         path = folder / "source" / source.stem / source.name if nbgrader else folder / source.name
+        made = for_nbgrader(notebook) if nbgrader else without_solutions(notebook)
+        copies[path] = nbformat.writes(made) + "\n"
+    for path, text in copies.items():
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise FileExistsError(errno.EEXIST, "is there and differs; expected another folder by --out", str(path))
+    for path, text in copies.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(for_nbgrader(notebook) if nbgrader else without_solutions(notebook), path)
-        paths.append(path)
-    return paths
+        path.write_text(text, encoding="utf-8")
+    return list(copies)
 
 
 @guard.told

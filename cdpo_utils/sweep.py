@@ -61,13 +61,20 @@ def read_grid(file):
     for name in values:
         if name not in FIELDS:
             raise run.NotUnderstood(f"{file}: unknown field {name}; expected {', '.join(sorted(FIELDS))}")
-    values["only"] = [str(item).zfill(2) for item in np.atleast_1d(values["only"])]  # YAML reads 05 as a number
+    only = values["only"] if isinstance(values["only"], list) else [values["only"]]
+    if not all(isinstance(item, str | int) for item in only) or not isinstance(values["setting"], str):
+        raise run.NotUnderstood(f"{file}: expected only: [02, 05] and setting: a name")
+    values["only"] = [str(item).zfill(2) for item in only]  # YAML reads 05 as a number
     for name in ("parameters", "grid"):
         if not isinstance(values[name], dict):
             raise run.NotUnderstood(f"{file}, field {name}: expected lines of `name: value`")
     for name, items in values["grid"].items():
         if not isinstance(items, list) or not items:
             raise run.NotUnderstood(f"{file}, field grid: {name} is {items!r}; expected a list of values, not empty")
+        if len(set(map(repr, items))) < len(items):  # its mean over seeds would count one run twice
+            raise run.NotUnderstood(f"{file}, field grid: {name} has a value twice; expected each once")
+        if name in values["parameters"]:
+            raise run.NotUnderstood(f"{file}: {name} is in parameters and in grid; expected it in one of them")
     return values
 
 
@@ -129,8 +136,9 @@ def finished(folder, digest):
     it is whole the run is done."""
     found = sorted((folder / digest).glob("[0-9]*/summary.json"), key=written)
     for path in reversed(found):
-        with contextlib.suppress(json.JSONDecodeError):
-            return path.parent, json.loads(path.read_text(encoding="utf-8"))
+        with contextlib.suppress(OSError, ValueError):  # cut off, or something else
+            if "methods" in (summary := json.loads(path.read_text(encoding="utf-8"))):
+                return path.parent, summary
 
 
 def written(path):

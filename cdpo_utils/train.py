@@ -93,11 +93,17 @@ def check(config):
     """Raise run.NotUnderstood, in one line, for fields that do not go together."""
     from cdpo_utils import suite
 
+    if not config.out:
+        raise run.NotUnderstood("out is empty; expected a folder")
     if config.report_to not in ("none", *(found := get_available_reporting_integrations())):
         raise run.NotUnderstood(f"report_to {config.report_to}: not installed; expected none, {', '.join(found)}")
     if config.shards < ranks.world():
         raise run.NotUnderstood(f"shards {config.shards}; expected at least {ranks.world()}, one a process")
     if not config.model:
+        names = [field.name for field in dataclasses.fields(config)]
+        for name in names[names.index("model") : names.index("report_to")] + ["vllm"]:
+            if getattr(config, name) != getattr(Config, name):
+                raise run.NotUnderstood(f"{name} {getattr(config, name)}: of a pretrained model; expected model, too")
         known = {(method, feedback) for method, feedback in suite.RUNS}
         if (config.method, config.feedback) not in known:
             pairs = ", ".join(f"{m} with {f}" for m, f in sorted(known))
@@ -135,8 +141,8 @@ def train(config):
     if config.model:
         return train_pretrained(config)
     settings = dataclasses.asdict(config)
-    made, truths = suite.opened(settings)
     try:
+        made, truths = suite.opened(settings)
         scoring.require_feasible(truths)
     except ValueError as error:
         raise run.NotUnderstood(str(error)) from None
@@ -230,7 +236,9 @@ def kept(config):
 def begin(config, resume):
     """The trainings that `resume` may go on with, which are removed without it; NotUnderstood where there are none."""
     if not resume:
-        shutil.rmtree(kept(config), ignore_errors=True)  # none are left
+        if found := len(list(kept(config).glob("*"))):
+            print(f"begins anew, without --resume: {found} kept trainings are removed", flush=True)
+        shutil.rmtree(kept(config), ignore_errors=True)
     elif not kept(config).exists():
         raise run.NotUnderstood(f"--resume: nothing is kept in {kept(config)}; expected a training with a whole round")
     return set(kept(config).glob("*"))

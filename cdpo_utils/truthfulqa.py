@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cdpo_utils import data, evaluate, policies
+from cdpo_utils import data, evaluate, policies, ranges
 from cdpo_utils.logprobs import response_logps
 
 HUB = "truthfulqa/truthful_qa"
@@ -161,6 +161,8 @@ def score(questions, model, adapter):
 
     base, tokenizer = real.load_model(model)
     base.eval()
+    if adapter:
+        real.require_adapter(base, adapter)  # before the base has answered everything
     found = {model: multiple_choice(base, tokenizer, questions)}
     if adapter:
         found[adapter] = multiple_choice(real.with_adapter(base, adapter), tokenizer, questions)
@@ -189,6 +191,9 @@ def main(argv=None):
     scored.add_argument("model", help="smollm2, a hub name or a folder")
     scored.add_argument("--adapter", metavar="FOLDER", help="also with the adapter of a trained policy")
     args = parser.parse_args(argv)
+    if wrong := ranges.refused({"seed": getattr(args, "seed", 0)}):
+        print(wrong, file=sys.stderr)
+        return 1
     try:
         questions, account = load_questions(args.source)
         print(account)

@@ -28,6 +28,8 @@ def keeping(folder, resume):
     Raises BlockingIOError where another process has it."""
     with files.alone(folder.with_name(f"{folder.name}.lock")):
         if not resume:
+            if found := len(list(folder.glob("*.json"))):
+                print(f"begins anew, without --resume: {found} kept results are removed", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(exist_ok=True)
         if done := len(list(folder.glob("*.json"))):

@@ -135,6 +135,13 @@ def test_an_incomplete_run_is_refused_by_name(tmp_path, capsys):
         book.gather(tmp_path, tmp_path / "source", tmp_path, ROOT / "notebooks")
 
 
+def test_a_book_takes_no_folder_that_holds_something_else(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(book.NotReady, match="holds something else than a book"):
+        book.build(tmp_path / "run", tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
 def ran(folder, alt=""):
     """A run of the notebooks as they are committed, one of them with a drawing and texts that mean harm; its folder."""
     run = folder / "run"

@@ -1,5 +1,7 @@
 """Verdicts by hand, tails by hand, and every experiment once on a small world."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -52,9 +54,14 @@ def test_claims_about_budgets_follow_the_numbers():
     assert [line[3] for line in claims.of_budgets(frame)] == ["supported", "supported", "not supported"]
 
 
-def test_a_missing_comparison_is_one_line(capsys, tmp_path):
-    assert claims.main(["--comparison", str(tmp_path)]) == 2
-    assert "run python -m cdpo_utils.comparison" in capsys.readouterr().err
+@pytest.mark.parametrize("text", [None, '{"rows": [', "[]", '{"rows": []}', json.dumps({"rows": rows()[:2]})])
+def test_a_comparison_that_says_too_little_is_one_line_before_anything_is_trained(text, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "measure", lambda *_: pytest.fail("hours of training"))
+    if text:
+        (tmp_path / "comparison.json").write_text(text)
+    assert claims.main(["--comparison", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "what python -m cdpo_utils.comparison writes of all methods" in error and error.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -288,10 +288,10 @@ def test_the_command_prints_its_table_and_writes_both_files(tmp_path, monkeypatc
     monkeypatch.setattr(bench, "make_world", lambda seed, **sizes: make(seed, **(small | sizes)))
     arguments = ["--rounds", "2", "--steps", "2", "--n-objects", "3", "--n-tools", "4", "--coverage", "0.05"]
     arguments += ["--budget", "0.3", "--out", str(tmp_path / "a" / "online")]
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         steps, left = trainers.run_steps, iter(range(5))  # in the first method, or behind it
         patch.setattr(trainers, "run_steps", lambda *args: steps(*args) if next(left) < 4 else interrupt())
-        online.main(arguments)
+        assert online.main(arguments) == 130 and capsys.readouterr().err.count("\n") == 1
     assert len(list((tmp_path / "a" / "online.checkpoints").iterdir())) == 1
     kept = next((tmp_path / "a" / "online.checkpoints").iterdir())
     assert online.main([*arguments, "--pairs", "9"]) == 2 and kept.exists()

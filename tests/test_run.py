@@ -153,6 +153,12 @@ def test_a_dead_kernel_is_reported_as_such(tmp_path, capsys):
         (["-p", "lr", "abc"], "parameter lr of 01_first: 'abc' is not a number"),
         (["-p", "budgets", "3"], "parameter budgets of 01_first: 3 is not a list"),
         (["--only", "02,07"], "--only 07: no such notebook"),
+        (["--only", "02", "--only", "07"], "--only 07: no such notebook"),
+        (["--only", ","], "--only ,: no notebook; expected some"),
+        (["-p", "seed", "1", "-p", "seed", "2"], "parameter seed is given twice"),
+        (["-p", "seed", "1", "--seed", "2"], "parameter seed is given twice"),
+        (["-p", "lr", ".nan"], "parameter lr of 01_first: '.nan' is not a number"),
+        (["--resume", "somewhere"], "expected no parameters beside it"),
         (["--setting", "huge"], "settings: bench, large, wrong"),
         (["--setting", "large", "--only", "01"], "none of these notebooks has parameters for it"),
         (["--setting", "wrong"], "unknown parameter step: no notebook, in"),
@@ -237,6 +243,7 @@ def test_numbers_are_finite_and_strengths_positive():
     assert ranges.refused({"budgets": [0.0, float("nan")]}) == "--budgets nan; expected a finite number"
     assert ranges.refused({"beta": float("inf"), "seeds": [0]}) == "--beta inf; expected a finite number"
     assert ranges.refused({"coverage": 0.0}) == "--coverage 0.0; expected more than 0"
+    assert ranges.refused({"seeds": [0, 1, 0]}) == "--seeds 0 1 0; expected each once", "a mean would count it twice"
     assert ranges.refused({"seeds": [0, 1], "budget": -1.0, "out": "x", "methods": ["a"], "resume": False}) is None
 
 

@@ -6,6 +6,7 @@ nbmake; here it is read that the stubs and what only a solution defines play no 
 
 import ast
 import re
+import shutil
 import symtable
 
 import nbformat
@@ -96,6 +97,23 @@ def test_a_check_that_fails_says_what_is_wrong(path):
             assert node.msg, f"{number}: {ast.unparse(node)}"
         for node in compared:
             assert "msg" in {keyword.arg for keyword in node.keywords}, f"{number}: {ast.unparse(node)}"
+
+
+def test_nobodys_work_is_overwritten(tmp_path, capsys):
+    notebooks = tmp_path / "notebooks"
+    shutil.copytree(student.repo_root() / "notebooks", notebooks, ignore=shutil.ignore_patterns("figures", "params"))
+    before = {path.name: path.read_bytes() for path in notebooks.iterdir()}
+    assert student.main(["--out", str(notebooks)]) == 1, "the series itself"
+    assert {path.name: path.read_bytes() for path in notebooks.iterdir()} == before
+    assert student.main(["--out", str(tmp_path / "copies")]) == 0
+    first, second, *_ = sorted((tmp_path / "copies").iterdir())
+    assert student.main(["--out", str(tmp_path / "copies")]) == 0, "as they were"
+    second.write_text("worked in")
+    first.unlink()
+    capsys.readouterr()
+    assert student.main(["--out", str(tmp_path / "copies")]) == 1 and second.read_text() == "worked in"
+    error = capsys.readouterr().err
+    assert str(second) in error and error.count("\n") == 1 and not first.exists()
 
 
 def test_a_misspelt_name_is_told():

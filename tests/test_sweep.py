@@ -334,6 +334,10 @@ def test_slurm_without_a_cluster_is_one_line(go, capsys, monkeypatch):
         ({"budgets": "0.5"}, "budget is 0.5; expected a list of values, not empty"),
         ({"budgets": "[much]"}, "parameter budget of 01_tiny: 'much' is not a number"),
         ({"seeds": "[0], sede: [1]"}, "unknown parameter sede"),
+        ({"seeds": "[0, 1, 0]"}, "seed has a value twice; expected each once"),
+        ({"seeds": "[0], marks: [a]"}, "marks is in parameters and in grid; expected it in one of them"),
+        ({"budgets": "[.nan]"}, "parameter budget of 01_tiny: nan is not finite"),
+        ({"extra": "setting: [bench]"}, "expected only: [02, 05] and setting: a name"),
     ],
 )
 def test_a_bad_grid_is_one_line_before_anything_runs(go, change, message, capsys):

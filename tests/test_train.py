@@ -98,6 +98,12 @@ def test_the_level_term_spans_all_ranks(tmp_path):
         ("model: x\nfeedback: learned\nmethod: one_shot\nsamples: 1", "c.yaml: samples: 1; expected at least 2"),
         ("beta: -0.1", "c.yaml: beta: -0.1; expected more than 0"),
         ("max_rounds: 0", "c.yaml: max_rounds: 0; expected at least 1"),
+        ("budget_from: refrence", "budget_from: 'refrence'; expected absolute or reference"),
+        ("n_objects: 99", "c.yaml: n_objects: 99; expected at most 10"),
+        ("data_file: x.jsonl", "data_file x.jsonl: of a pretrained model; expected model, too"),
+        ("batch_size: 7", "batch_size 7: of a pretrained model"),
+        ("vllm: true", "vllm True: of a pretrained model"),
+        ("out: ''", "out is empty; expected a folder"),
         ("model: ./nowhere\nfeedback: learned", "a pretrained model needs data_file (both labels), or helpful_file"),
     ],
 )
