@@ -170,16 +170,18 @@ def estimates_over_seeds(summaries):
     from cdpo_utils.sweep import half_width  # it needs the runner, which needs this module
 
     found, others = {}, []
+    common = set.intersection(*(set(summary["parameters"]) for summary in summaries))  # notebooks that all have run
     for summary in summaries:
         (seed,) = {given["seed"] for given in summary["parameters"].values()}
         if seed in found:
             raise ValueError(f"two runs have seed {seed}; expected a run a seed")
         found[seed] = reached(summary)
         seedless = {"seed", "content"}  # what is held out, a part of `content`, is the seed's choice, too
-        others.append({n: {k: given[k] for k in given.keys() - seedless} for n, given in summary["parameters"].items()})
+        given = {notebook: summary["parameters"][notebook] for notebook in common}
+        others.append({n: {k: one[k] for k in one.keys() - seedless} for n, one in given.items()})
     found = dict(sorted(found.items()))
     if others != others[:1] * len(others) or len(methods := {tuple(one) for one in found.values()}) > 1:
-        raise ValueError("the runs differ by more than their seed in notebooks, parameters or methods")
+        raise ValueError("the runs differ by more than their seed in parameters or methods")
     by_seed, over = [["method", "seed", "λ", *REACHED]], [["method", "λ", *REACHED]]
     for method in methods.pop():
         for seed, one in found.items():
