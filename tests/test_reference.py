@@ -72,17 +72,26 @@ def test_the_readme_shows_the_recorded_series():
 
 
 def test_what_the_readme_says_of_the_series():
-    lines = json.loads((SERIES / "summary.json").read_text())["intervals"]
-    low, mean, high = (
-        {(line["method"], line["estimate"]): line[name] for line in lines} for name in ("low", "mean", "high")
-    )
-    assert low["pd_dpo", "reward gain"] > 0 > max(high["pd_dpo", "cost change"], high["pd_dpo", "violation"])
-    assert low["dual_descent", "reward gain"] > 0 > low["dual_descent", "violation"]
-    assert all(low[name, "reward gain"] < 0 < high[name, "reward gain"] for name in ("one_shot", "c_dpo"))
-    assert low["c_dpo", "violation"] > 0 > max(high["dpo_harmless", "violation"], high["dpo_harmless", "reward gain"])
-    assert round(mean["dpo_harmless", "refusal"] / mean["reference", "refusal"]) == 8
-    for name in ("dpo_helpful", "pd_dpo"):
-        assert round(mean[name, "tokens"] / mean["reference", "tokens"], 1) == 0.8
+    low, mean, high, lams = {}, {}, {}, {}
+    for seed, folder in enumerate(SERIES):
+        summary = json.loads((folder / "summary.json").read_text())
+        for line in summary["intervals"]:
+            key = line["method"], seed, line["estimate"]
+            low[key], mean[key], high[key] = (line[name] for name in ("low", "mean", "high"))
+        lams |= {(row["method"], seed): row["lam"] for row in summary["methods"]}
+    gain, violation = "reward gain", "violation"
+    up = {(m, k) for m, k, name in low if name == gain and low[m, k, gain] > 0 > low[m, k, violation]}
+    assert {("dual_descent", 0), ("dual_descent", 1), ("pd_dpo", 0), ("pd_dpo", 1), ("c_dpo", 1)} <= up
+    assert low["c_dpo", 0, gain] < 0 < high["c_dpo", 0, gain] and low["c_dpo", 0, violation] > 0
+    assert low["one_shot", 0, gain] < 0 < high["one_shot", 0, gain]
+    assert low["one_shot", 1, gain] > 0 and low["one_shot", 1, violation] > 0
+    assert mean["dpo_helpful", 1, violation] < 0 == lams["pd_dpo", 1] < lams["pd_dpo", 0]
+    assert mean["pd_dpo", 1, gain] == mean["dpo_helpful", 1, gain], "the policy of the first stage"
+    for seed, times in ((0, 8), (1, 3)):
+        assert high["dpo_harmless", seed, violation] < -0.7
+        assert round(mean["dpo_harmless", seed, "refusal"] / mean["reference", seed, "refusal"]) == times
+        for name in ("dpo_helpful", "pd_dpo"):
+            assert round(mean[name, seed, "tokens"] / mean["reference", seed, "tokens"], 1) == 0.8
 
 
 def test_the_readme_shows_the_recorded_comparison():
