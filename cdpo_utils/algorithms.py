@@ -159,8 +159,14 @@ class Schedule:
 
 
 def with_logps(lab, pairs):
-    """Add the reference's log-probabilities, as ref_*_logps (DPO's reference) and sampler_*_logps (`level_loss`)."""
+    """Add the reference's log-probabilities, as ref_*_logps (DPO's reference) and sampler_*_logps (`level_loss`).
+
+    Answers are cut to `lab.max_length` first, as the trainer cuts them for the policy."""
     for side in ("chosen", "rejected"):
+        if lab.max_length is not None:
+            prompts, answers = pairs["prompt_ids"][:], pairs[f"{side}_ids"][:]
+            fits = [ids[: max(0, lab.max_length - len(prompt))] for prompt, ids in zip(prompts, answers, strict=True)]
+            pairs = pairs.remove_columns(f"{side}_ids").add_column(f"{side}_ids", fits)
         logps = lab.reference_logps(pairs["prompt_ids"][:], pairs[f"{side}_ids"][:])
         for column in ("ref", "sampler"):
             pairs = pairs.add_column(f"{column}_{side}_logps", logps)
@@ -309,8 +315,8 @@ def sampled_pairs(lab, samples, feedback, seed, pairings=4):
     """Pair each prompt's reference samples at random, every sample in `pairings` pairs: tokenised pairs with reference
     log-probabilities, and the differences chosen - rejected of reward (n,) and costs (n, m).
 
-    An answer that was drawn longer than `lab.max_length` leaves room for is scored whole and trained on as far as it
-    fits, under the policy and under the reference alike."""
+    An answer that was drawn longer than `lab.max_length` leaves room for is scored whole, and trained on as far as it
+    fits (`with_logps`)."""
     rng = np.random.default_rng([seed, 5])
     rewards, costs = feedback.on(samples)
     prompts, n = rewards.shape
@@ -321,16 +327,11 @@ def sampled_pairs(lab, samples, feedback, seed, pairings=4):
     rows = np.repeat(np.arange(prompts), order.shape[1] // 2)
     judged = ~np.isnan(rewards[rows, a] + rewards[rows, b])
     rows, a, b = rows[judged], a[judged], b[judged]
-
-    def fitting(i):
-        room = lab.max_length and lab.max_length - len(samples.prompt_ids[i])
-        return [ids[:room] for ids in samples.ids[i]]
-
     pairs = Dataset.from_dict(
         {
             "prompt_ids": [samples.prompt_ids[i] for i in rows],
-            "chosen_ids": [fitting(i)[j] for i, j in zip(rows, a, strict=True)],
-            "rejected_ids": [fitting(i)[j] for i, j in zip(rows, b, strict=True)],
+            "chosen_ids": [samples.ids[i][j] for i, j in zip(rows, a, strict=True)],
+            "rejected_ids": [samples.ids[i][j] for i, j in zip(rows, b, strict=True)],
         }
     )
     return with_logps(lab, pairs), (rewards[rows, a] - rewards[rows, b], costs[rows, a] - costs[rows, b])

@@ -166,9 +166,12 @@ def estimates(summary):
 
 def estimates_over_seeds(summaries):
     """`reached` by several seeds, a summary a seed: a Markdown table with a line a method and seed, and one of the
-    means over seeds with Student's t interval. Raises ValueError where two have one seed, or more than that differs."""
+    means over seeds with Student's t interval. Raises ValueError where two have one seed, more than that differs,
+    or nothing was sampled, as on the bench."""
     from cdpo_utils.sweep import half_width  # it needs the runner, which needs this module
 
+    if not all(summary.get("intervals") for summary in summaries):
+        raise ValueError("no intervals; expected runs of a pretrained model")
     found, others = {}, []
     common = set.intersection(*(set(summary["parameters"]) for summary in summaries))  # notebooks that all have run
     for summary in summaries:

@@ -84,11 +84,11 @@ def write(folder, nbgrader=False):
         made = for_nbgrader(notebook) if nbgrader else without_solutions(notebook)
         copies[path] = nbformat.writes(made) + "\n"
     for path, text in copies.items():
-        if path.exists() and path.read_text(encoding="utf-8") != text:
+        if path.exists() and path.read_bytes() != text.encode():
             raise FileExistsError(errno.EEXIST, "is there and differs; expected another folder by --out", str(path))
     for path, text in copies.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(text.encode())
     return list(copies)
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -202,6 +203,10 @@ def test_an_answer_too_long_to_train_on_is_cut_for_policy_and_reference_alike(la
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
     trained_on = batch["completion_mask"].sum(1).tolist()
     assert trained_on == [3] * 16
+    drawn = [(prompt, *row[:2]) for prompt, row in zip(samples.prompts, samples.texts, strict=True)]
+    frame = pd.DataFrame(drawn, columns=["prompt", "chosen", "rejected"])
+    _, framed = algorithms.some_pairs(lab, frame, QUICK)  # of plain DPO
+    assert set(map(len, framed["chosen_ids"][:])) == {3}
     for side, ids in zip(("chosen", "rejected"), sides, strict=True):
         again = lab.logps(lab.model, pairs["prompt_ids"][:], ids, {})
         assert np.allclose(pairs[f"ref_{side}_logps"], again)

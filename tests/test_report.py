@@ -120,6 +120,8 @@ def test_runs_that_are_no_series_of_seeds_are_refused(tmp_path):
     first = summary_of(tmp_path / "0", 0, 1.0)
     with pytest.raises(ValueError, match="two runs have seed 0; expected a run a seed"):
         report.main([first, summary_of(tmp_path / "again", 0, 1.0)])
+    with pytest.raises(ValueError, match="no intervals; expected runs of a pretrained model"):
+        report.estimates_over_seeds([json.loads((first / "summary.json").read_text()), {"intervals": []}])
     with pytest.raises(ValueError, match="differ by more than their seed"):
         report.main([first, summary_of(tmp_path / "other", 1, 1.0, beta=0.2)])
 

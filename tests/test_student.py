@@ -108,10 +108,10 @@ def test_nobodys_work_is_overwritten(tmp_path, capsys):
     assert student.main(["--out", str(tmp_path / "copies")]) == 0
     first, second, *_ = sorted((tmp_path / "copies").iterdir())
     assert student.main(["--out", str(tmp_path / "copies")]) == 0, "as they were"
-    second.write_text("worked in")
+    second.write_bytes(b"worked in \xff")
     first.unlink()
     capsys.readouterr()
-    assert student.main(["--out", str(tmp_path / "copies")]) == 1 and second.read_text() == "worked in"
+    assert student.main(["--out", str(tmp_path / "copies")]) == 1 and second.read_bytes() == b"worked in \xff"
     error = capsys.readouterr().err
     assert str(second) in error and error.count("\n") == 1 and not first.exists()
 
